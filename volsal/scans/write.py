@@ -1,0 +1,113 @@
+"""Maps out: an overlay on the scan's own voxels, with the scan's own geometry bytes and nothing else of its header."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import nibabel as nib
+import numpy as np
+from numpy.typing import NDArray
+
+from volsal.errors import VolsalError
+from volsal.scans.scan import Scan
+
+# What places a volume, and nothing else: descriptions, names and extensions may hold personal data.
+GEOMETRY_FIELDS = (
+    "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z",
+    "srow_x", "srow_y", "srow_z", "xyzt_units",
+)  # fmt: skip
+
+
+class WriteError(VolsalError, OSError):
+    """A result cannot be written, or was not written as it should be."""
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside ``path`` that becomes ``path`` when the block ends well, and vanishes otherwise.
+
+    A file under its final name is therefore always whole, whatever happens in between.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=".volsal-", suffix=path.name[-40:], dir=path.parent)
+    except OSError as error:
+        raise WriteError(f"{path.parent}: cannot write there: {error.strerror or error}") from error
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        os.replace(temporary, path)
+    except WriteError:
+        raise
+    except OSError as error:
+        raise WriteError(f"{path}: could not be written: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def map_header(scan: Scan, intent: str, description: str, window: tuple[float, float]) -> Any:
+    """The NIfTI header of a float32 map over ``scan``: its geometry, what the map is, and how to show it.
+
+    ``intent`` (15 characters) and ``description`` (79) are cut to what the format holds.
+    """
+    version = nib.Nifti2Header if isinstance(scan.header, nib.Nifti2Header) else nib.Nifti1Header
+    header = cast(Any, version)()
+    header.set_data_dtype(np.float32)
+    header.set_data_shape(scan.grid.shape)
+    if scan.header is None:
+        header.set_qform(scan.grid.affine, code=1, strip_shears=True)
+        header.set_sform(scan.grid.affine, code=1)
+        header.set_xyzt_units("mm")
+    else:
+        header["pixdim"][:4] = scan.header["pixdim"][:4]
+        for name in GEOMETRY_FIELDS:
+            header[name] = scan.header[name]
+        header["xyzt_units"] = int(scan.header["xyzt_units"]) & 7  # the unit of length; a map has no time axis
+    header.set_intent("estimate", name=intent[:15], allow_unknown=True)
+    header["descrip"] = description[:79].encode("ascii", "replace")
+    header["cal_min"], header["cal_max"] = window
+    return header
+
+
+def write_map(path: Path, values: NDArray[np.float32], header: Any) -> None:
+    """Write ``values`` (I, J, K) as gzipped NIfTI under ``path``, then read it back and compare.
+
+    Raises
+    ------
+    WriteError
+        Where the disk refuses, or what was read back is not what was meant.
+    """
+    version = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+    # affine=None keeps both forms and their codes to the bit; passing the affine would rewrite them.
+    image = cast(Any, version)(np.asarray(values, dtype=np.float32), None, header)
+    with replacing(path) as temporary:
+        with temporary.open("wb") as raw, gzip.GzipFile("", "wb", compresslevel=1, fileobj=raw, mtime=0) as file:
+            image.to_stream(file)
+        _verify(path, temporary, values, header)
+
+
+def _verify(path: Path, written: Path, values: NDArray[np.float32], header: Any) -> None:
+    with gzip.open(written, "rb") as file:
+        image = cast(Any, nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image).from_stream(file)
+        back = np.asanyarray(image.dataobj)
+    for name in (*GEOMETRY_FIELDS, "pixdim", "dim", "cal_min", "cal_max"):
+        if not np.array_equal(image.header[name], header[name], equal_nan=name not in ("dim",)):
+            raise WriteError(f"{path}: {name} was read back as {image.header[name]}, not {header[name]}")
+    if not np.array_equal(back, values):
+        raise WriteError(f"{path}: the voxels read back are not the ones written; is the disk sound?")
