@@ -120,7 +120,14 @@ def _through_affine(volume: Tensor, composed: NDArray[np.float64], shape: tuple[
         transform.SetMatrix(backwards.ravel().tolist())
         transform.SetTranslation(offset[::-1].tolist())
         slab = sitk.Resample(
-            image, [shape[2], shape[1], count], transform, sitk.sitkLinear, (0.0,) * 3, (1.0,) * 3, np.eye(3).ravel().tolist(), 0.0
+            image,
+            [shape[2], shape[1], count],
+            transform,
+            sitk.sitkLinear,
+            (0.0,) * 3,
+            (1.0,) * 3,
+            np.eye(3).ravel().tolist(),
+            0.0,
         )
         out[start : start + count] = torch.from_numpy(sitk.GetArrayViewFromImage(slab).copy()).to(out.device)
     return out

@@ -1,0 +1,130 @@
+"""What holds for every method, whatever its formula.  A new method joins by its line in METHODS."""
+
+import pytest
+import torch
+from nets import assert_same_state, random_net, state
+from torch.testing import assert_close
+
+from volsal import METHODS, ClassLogit, ClassMargin, PredictedClass
+from volsal.attribution import TargetError
+
+
+@pytest.fixture(params=METHODS)
+def method(request):
+    return METHODS[request.param]()
+
+
+@pytest.fixture(params=[2, 3], ids=["2D", "3D"])
+def axes(request):
+    return request.param
+
+
+@pytest.fixture
+def inputs(volume, axes):
+    return volume if axes == 3 else volume[..., 0]
+
+
+def test_ids_are_the_names_they_are_registered_under():
+    assert all(kind.id == name and name == name.lower() and " " not in name for name, kind in METHODS.items())
+
+
+def test_a_volume_has_the_same_map_alone_and_in_a_batch(method, axes, inputs):
+    net = random_net(axes=axes)
+    together = method(net, inputs, PredictedClass())
+    assert_close(together, torch.cat([method(net, one[None], PredictedClass()) for one in inputs]))
+
+
+def test_several_targets_share_one_forward_pass_and_change_nothing(method, axes, inputs):
+    net = random_net(axes=axes)
+    targets = [ClassLogit(0), ClassLogit(2), ClassMargin(2, 0), PredictedClass()]
+    method(net, inputs, targets[0])  # the default layer is found once
+    runs = []
+    handle = net[0].register_forward_hook(lambda *_: runs.append(1))
+    maps = method(net, inputs, targets)
+    handle.remove()
+    assert len(runs) == (2 if method.id == "guided-grad-cam" else 1)
+    for one, target in zip(maps, targets, strict=True):
+        assert_close(one, method(net, inputs, target), rtol=0, atol=0)
+
+
+def test_twice_called_is_twice_the_same(method, axes, inputs):
+    net = random_net(axes=axes)
+    assert_close(method(net, inputs, ClassLogit(1)), method(net, inputs, ClassLogit(1)), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_leaves_model_volume_and_random_numbers_as_they_were(method, axes, inputs, fails):
+    net = random_net(axes=axes).train()
+    net[5].eval()  # a mixed state must come back mixed
+    net[0].weight.requires_grad_(False)
+    net[2].bias.grad = torch.ones_like(net[2].bias)
+    before, kept, random = state(net), inputs.clone(), torch.get_rng_state()
+    if fails:
+        with pytest.raises(TargetError, match="class 9 asked for, but the model has 3"):
+            method(net, inputs, ClassLogit(9))
+    else:
+        method(net, inputs, ClassLogit(0))
+    assert_same_state(before, state(net))
+    assert torch.equal(inputs, kept)
+    assert not inputs.requires_grad
+    assert inputs.grad is None
+    assert torch.equal(random, torch.get_rng_state())
+
+
+def test_an_exception_in_the_middle_of_the_model_leaves_it_as_it_was(method, axes, inputs):
+    net = random_net(axes=axes).train()
+    before = state(net)
+
+    def explode(*_):
+        raise MemoryError("in the middle")
+
+    handle = net[3].register_forward_hook(explode)
+    with pytest.raises(Exception, match="in the middle"):
+        method(net, inputs, ClassLogit(0))
+    handle.remove()
+    assert_same_state(before, state(net))
+    assert torch.is_grad_enabled()
+
+
+def test_works_on_a_frozen_model_and_in_every_grad_mode(method, axes, inputs):
+    net = random_net(axes=axes)
+    expected = method(net, inputs, ClassLogit(0))
+    with torch.no_grad():
+        assert_close(method(net.requires_grad_(False), inputs, ClassLogit(0)), expected)
+        assert not torch.is_grad_enabled()
+    with torch.inference_mode():
+        assert_close(method(net, inputs.clone(), ClassLogit(0)), expected)
+    assert not any(parameter.requires_grad for parameter in net.parameters())
+
+
+def test_a_volume_that_requires_grad_keeps_its_own_gradient(method, axes, inputs):
+    net, leaf = random_net(axes=axes), inputs.clone().requires_grad_()
+    leaf.grad = torch.ones_like(leaf)
+    result = method(net, leaf, ClassLogit(0))
+    assert torch.equal(leaf.grad, torch.ones_like(leaf))
+    assert not result.requires_grad
+
+
+@pytest.mark.parametrize("order", [(1, 2, 0), (2, 1, 0)])
+def test_follows_when_the_axes_of_model_and_volume_are_permuted_together(method, volume, order):
+    net, turned = random_net(), random_net()
+    permuted = (0, 1, *(2 + o for o in order))
+    for a, b in zip(net.modules(), turned.modules(), strict=True):
+        if isinstance(a, torch.nn.Conv3d):
+            b.weight.data = a.weight.data.permute(permuted)
+    result = method(turned, volume.permute(permuted), ClassLogit(0))
+    assert_close(result, method(net, volume, ClassLogit(0)).permute(permuted))
+
+
+def test_grows_with_the_logit(method, axes, inputs):
+    net, louder = random_net(axes=axes), random_net(axes=axes)
+    louder[-1].weight.data *= 2
+    power = 4 if method.id == "guided-grad-cam" else 2  # a product of two maps
+    assert_close(method(louder, inputs, ClassLogit(0)), power * method(net, inputs, ClassLogit(0)))
+
+
+def test_a_model_that_writes_into_its_input_does_not_write_into_the_callers(method, inputs, axes):
+    net = torch.nn.Sequential(torch.nn.ReLU(inplace=True), *random_net(axes=axes))
+    kept = inputs.clone()
+    method(net, inputs, ClassLogit(0))
+    assert torch.equal(inputs, kept)

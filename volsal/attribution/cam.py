@@ -1,0 +1,104 @@
+"""Class activation maps: a layer's channels, weighed by what the score owes them and summed.
+
+To add a variant: a class with its equation in :meth:`~CAM.combine`, its line in ``METHODS``, its oracle test.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from volsal.attribution.layers import default_layer
+from volsal.attribution.method import Attribution, Method, detached, scores_of, spatial
+from volsal.attribution.tap import LayerError, Tap, forward, gradients, plain, undisturbed
+from volsal.attribution.targets import Target
+
+
+@dataclass(frozen=True)
+class CAM(Method):
+    """Explain a score by one layer's activation A and the score's gradient G by it, both (B, C, *cells).
+
+    Parameters
+    ----------
+    layer : dotted name; None takes the last layer on every path to the output with at least 2 cells in every axis
+
+    Costs one inference: the network before the layer runs without a graph, and the backward pass ends at the layer.
+    """
+
+    layer: str | None = None
+
+    unit: ClassVar[str] = "logit per layer cell"
+
+    def attribute(self, model: nn.Module, volume: Tensor, targets: Sequence[Target]) -> Attribution:
+        """Maps (B, 1, *cells) at the layer's own resolution, float32 or wider.
+
+        Raises
+        ------
+        LayerError
+            For a layer that is missing, does not run exactly once, has no spatial axes, or does not reach the score.
+        TargetError
+            For a target that does not fit the model's output, or a score that is not finite.
+        ModelError
+            Where the model cannot be run on this volume.
+        """
+        layer = self.layer or default_layer(model, volume)
+        with undisturbed(model), Tap(model, layer) as tap:
+            output = forward(model, plain(volume))
+            activation = tap.activation
+            if activation.ndim < 3 or activation.ndim != volume.ndim:
+                raise LayerError(
+                    f"layer {layer!r} returns {tuple(activation.shape)}; a CAM needs cells along each of the input's "
+                    f"{volume.ndim - 2} spatial axes"
+                )
+            scores = scores_of(targets, output, len(volume))
+            # Half precision cannot hold the small gradients of a large layer's mean.
+            wide = torch.promote_types(activation.dtype, torch.float32)
+            maps = [
+                self.combine(activation.detach().to(wide), gradient.to(wide))
+                for gradient in gradients(scores, activation, f"layer {layer!r}")
+            ]
+        return Attribution(maps, [s.detach() for s in scores], detached(output), layer)
+
+    @abstractmethod
+    def combine(self, activation: Tensor, gradient: Tensor) -> Tensor:
+        """The method itself: (B, C, *cells) twice -> (B, 1, *cells)."""
+
+
+@dataclass(frozen=True)
+class GradCAM(CAM):
+    r"""Grad-CAM, Selvaraju et al., ICCV 2017, eqs. 1 and 2; the mean runs over depth, height and width.
+
+    .. math:: L_v = \max(0, \sum_c \alpha_c A_{cv}), \qquad \alpha_c = \tfrac{1}{V} \sum_v G_{cv}
+
+    Range [0, inf).  All 0 means that the layer holds no evidence for the score, on this method's terms.
+    """
+
+    id: ClassVar[str] = "grad-cam"
+    signed: ClassVar[bool] = False
+
+    def combine(self, activation: Tensor, gradient: Tensor) -> Tensor:
+        """Eqs. 1 and 2."""
+        weight = gradient.mean(spatial(gradient), keepdim=True)
+        return (weight * activation).sum(1, keepdim=True).relu()
+
+
+@dataclass(frozen=True)
+class HiResCAM(CAM):
+    r"""HiResCAM, Draelos and Carin, arXiv:2011.08891, eq. 3: the gradient is not averaged, and no ReLU follows.
+
+    .. math:: L_v = \sum_c G_{cv} A_{cv}
+
+    Signed.  Where only a linear head follows the layer, the map's sum is the logit less its bias.
+    """
+
+    id: ClassVar[str] = "hires-cam"
+    signed: ClassVar[bool] = True
+
+    def combine(self, activation: Tensor, gradient: Tensor) -> Tensor:
+        """Eq. 3."""
+        return (gradient * activation).sum(1, keepdim=True)

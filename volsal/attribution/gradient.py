@@ -1,0 +1,35 @@
+"""The gradient of the score by the input, voxel by voxel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from volsal.attribution.method import Attribution, Method, detached, scores_of
+from volsal.attribution.tap import forward, gradients, plain, undisturbed
+from volsal.attribution.targets import Target
+
+
+@dataclass(frozen=True)
+class InputGradient(Method):
+    r"""The plain gradient, Simonyan et al., ICLR workshop 2014, section 3: :math:`\partial S / \partial x`.
+
+    Maps (B, C, *spatial) of the input's shape, signed.  One forward pass and one backward pass to the input; weight
+    gradients are never computed.
+    """
+
+    id: ClassVar[str] = "input-gradient"
+    unit: ClassVar[str] = "logit per unit of model input"
+    signed: ClassVar[bool] = True
+
+    def attribute(self, model: nn.Module, volume: Tensor, targets: Sequence[Target]) -> Attribution:
+        """The gradient of each target's score; errors as for :meth:`volsal.GradCAM.attribute`."""
+        with undisturbed(model):
+            leaf = plain(volume).requires_grad_(True)
+            output = forward(model, leaf.clone())  # a model that works in place writes into the clone
+            scores = scores_of(targets, output, len(volume))
+            maps = gradients(scores, leaf, "the input")
+        return Attribution(maps, [s.detach() for s in scores], detached(output))
