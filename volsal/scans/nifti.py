@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import math
 import os
 import warnings
@@ -18,7 +17,7 @@ from nibabel.wrapstruct import WrapStructError
 from numpy.typing import NDArray
 
 from volsal.grid import Grid, GridError
-from volsal.scans.scan import Scan, ScanError
+from volsal.scans.scan import Scan, ScanError, file_digest, files_of
 
 # Corner voxels of sform and qform may differ by this much before a person is told.
 _FORMS_AGREE_MM = 0.1
@@ -90,15 +89,11 @@ def _first_line(error: BaseException) -> str:
 
 
 def _load(path: Path, volume: int | None) -> tuple[Any, NDArray[np.float32], str]:
-    digest = hashlib.sha256()
-    parts = _pair(path)
-    for part in parts:
-        with part.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
+    parts = files_of(path)
+    digest = file_digest(path)
     if len(parts) == 2:
         image = cast(Any, nib.load(parts[0]))
-        return image.header, _voxels(path, image, volume, parts[1].stat().st_size), digest.hexdigest()
+        return image.header, _voxels(path, image, volume, parts[1].stat().st_size), digest
     with path.open("rb") as raw:
         zipped = raw.read(2) == _GZIP
         raw.seek(0)
@@ -113,18 +108,7 @@ def _load(path: Path, volume: int | None) -> tuple[Any, NDArray[np.float32], str
         if zipped:
             while stream.read(1 << 20):  # the checksum stands at the end of the stream
                 pass
-    return image.header, array, digest.hexdigest()
-
-
-def _pair(path: Path) -> list[Path]:
-    """The header and the voxels of a two-file image, or the one file of a single-file image."""
-    if path.suffix.lower() not in (".hdr", ".img"):
-        return [path]
-    parts = [path.with_suffix(".hdr"), path.with_suffix(".img")]
-    for part in parts:
-        if not part.is_file():
-            raise ScanError(f"{path}: its other half, {part.name}, is missing; a .hdr and its .img belong together")
-    return parts
+    return image.header, array, digest
 
 
 def _voxels(path: Path, image: Any, volume: int | None, most_bytes: int) -> NDArray[np.float32]:
@@ -177,7 +161,7 @@ def _place(path: Path, header: Any, shape: tuple[int, ...], form: str | None) ->
     notes: list[str] = []
     if (units := int(header["xyzt_units"]) & 7) not in (0, 2):
         raise ScanError(
-            f"{path}: its unit of length is {_UNITS.get(units, units)}, and volsal works in mm; convert the header first"
+            f"{path}: its unit of length is {_UNITS.get(units, units)}, and volsal works in mm; convert the header"
         )
     coded = [name for name in ("sform", "qform") if int(header[f"{name}_code"]) > 0]
     if form and form not in coded:
@@ -225,5 +209,3 @@ def _absurd(path: Path, spacing: NDArray[np.float64]) -> NoReturn:
 
 def _mm(lengths: NDArray[np.float64]) -> str:
     return " x ".join(f"{mm:.4g}" for mm in lengths) + " mm"
-
-

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,28 @@ def read_scan(path: str | Path, volume: int | None = None, form: str | None = No
         if sniff(path):
             return read(path, volume=volume, form=form)
     raise ScanError(f"{path}: not a NIfTI file{_what_it_looks_like(path)}; volsal reads .nii, .nii.gz and .hdr/.img")
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files that make up the scan at ``path``: header and voxels of a .hdr/.img pair, else the one file."""
+    if path.suffix.lower() not in (".hdr", ".img"):
+        return [path]
+    parts = [path.with_suffix(".hdr"), path.with_suffix(".img")]
+    for part in parts:
+        if not part.is_file():
+            raise ScanError(f"{path}: its other half, {part.name}, is missing; a .hdr and its .img belong together")
+    return parts
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of the bytes of the scan's file or files, hexadecimal."""
+    _require_regular_file(path)
+    digest = sha256()
+    for part in files_of(path):
+        with part.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _require_regular_file(path: Path) -> None:

@@ -46,13 +46,20 @@ def replacing(path: Path) -> Iterator[Path]:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())
-        os.replace(temporary, path)
+        temporary.replace(path)
     except WriteError:
         raise
     except OSError as error:
         raise WriteError(f"{path}: could not be written: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def require_writable(folder: Path) -> None:
+    """Raise :class:`WriteError` unless files can be made in ``folder``; asked before the work, not after it."""
+    with replacing(folder / ".volsal-write-test"):
+        pass
+    (folder / ".volsal-write-test").unlink()
 
 
 def _umask() -> int:
@@ -104,7 +111,9 @@ def write_map(path: Path, values: NDArray[np.float32], header: Any) -> None:
 
 def _verify(path: Path, written: Path, values: NDArray[np.float32], header: Any) -> None:
     with gzip.open(written, "rb") as file:
-        image = cast(Any, nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image).from_stream(file)
+        image = cast(Any, nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image).from_stream(
+            file
+        )
         back = np.asanyarray(image.dataobj)
     for name in (*GEOMETRY_FIELDS, "pixdim", "dim", "cal_min", "cal_max"):
         if not np.array_equal(image.header[name], header[name], equal_nan=name not in ("dim",)):

@@ -1,0 +1,106 @@
+import os
+import stat
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from volsal.scans import Scan, read_scan
+from volsal.scans.write import GEOMETRY_FIELDS, WriteError, map_header, replacing, require_writable, write_map
+
+
+def test_the_map_has_the_scans_geometry_to_the_byte_and_nothing_else_of_its_header(scan_file, tmp_path):
+    path = scan_file()
+    image = nib.load(path)
+    turned = image.affine.copy()
+    turned[0, 3] += 0.05
+    image.set_sform(turned, code=4)  # two forms, slightly apart, with codes of their own
+    image.set_qform(image.get_qform(), code=1)
+    image.header["descrip"] = b"DOE^JANE"
+    image.header["db_name"] = b"1234"
+    image.header["aux_file"] = b"secret"
+    image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"Jane Doe"))
+    nib.save(image, path)
+    scan = read_scan(path)
+    values = np.random.default_rng(0).normal(size=scan.grid.shape).astype(np.float32)
+    out = tmp_path / "map.nii.gz"
+    write_map(out, values, map_header(scan, "grad-cam", "volsal grad-cam layer4", (0.0, 2.5)))
+    written = nib.load(out)
+    for name in (*GEOMETRY_FIELDS, "dim"):
+        assert written.header[name].tobytes() == nib.load(path).header[name].tobytes(), name
+    assert written.header["pixdim"][:4].tobytes() == nib.load(path).header["pixdim"][:4].tobytes()
+    np.testing.assert_array_equal(np.asanyarray(written.dataobj), values)
+    assert written.get_data_dtype() == np.float32
+    assert (written.header["cal_min"], written.header["cal_max"]) == (0, 2.5)
+    assert written.header.get_intent()[::2] == ("estimate", "grad-cam")
+    assert not written.header.extensions
+    import gzip
+
+    everything = gzip.decompress(out.read_bytes())
+    assert not any(word in everything for word in (b"DOE", b"Doe", b"1234", b"secret"))
+
+
+def test_simpleitk_places_the_map_where_the_scan_lies(scan_file, tmp_path):
+    path = scan_file()
+    scan = read_scan(path)
+    write_map(tmp_path / "m.nii.gz", scan.array, map_header(scan, "x", "y", (0.0, 1.0)))
+    one, other = sitk.ReadImage(str(path)), sitk.ReadImage(str(tmp_path / "m.nii.gz"))
+    index = (5, 3, 11)
+    np.testing.assert_allclose(one.TransformIndexToPhysicalPoint(index), other.TransformIndexToPhysicalPoint(index))
+    x, y, z = other.TransformIndexToPhysicalPoint(index)
+    np.testing.assert_allclose((-x, -y, z), scan.grid.world(index), atol=1e-4)  # ITK counts to left and posterior
+
+
+def test_a_scan_made_in_memory_gets_both_forms(tmp_path, oblique):
+    scan = Scan(np.zeros(oblique.shape, np.float32), oblique)
+    write_map(tmp_path / "m.nii.gz", scan.array, map_header(scan, "x", "y", (0.0, 1.0)))
+    header = nib.load(tmp_path / "m.nii.gz").header
+    assert (int(header["sform_code"]), int(header["qform_code"])) == (1, 1)
+    np.testing.assert_allclose(header.get_sform(), oblique.affine, atol=1e-5)
+    np.testing.assert_allclose(header.get_qform(), oblique.affine, atol=1e-4)
+
+
+def test_the_same_map_is_the_same_file(tmp_path, oblique):
+    scan = Scan(np.ones(oblique.shape, np.float32), oblique)
+    for name in ("a.nii.gz", "b.nii.gz"):
+        write_map(tmp_path / name, scan.array, map_header(scan, "x", "y", (0.0, 1.0)))
+    assert (tmp_path / "a.nii.gz").read_bytes() == (tmp_path / "b.nii.gz").read_bytes()
+
+
+def test_a_block_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "result.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), replacing(path) as temporary:
+        temporary.write_text("half of the n")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["result.txt"]
+
+
+def test_a_new_file_has_the_rights_that_any_new_file_gets(tmp_path):
+    with replacing(tmp_path / "a") as temporary:
+        temporary.write_text("x")
+    (tmp_path / "b").write_text("x")
+    rights = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in "ab"]
+    assert rights[0] == rights[1]
+
+
+def test_what_was_read_back_wrong_is_not_kept(tmp_path, oblique, monkeypatch):
+    scan = Scan(np.ones(oblique.shape, np.float32), oblique)
+    monkeypatch.setattr(nib.Nifti1Image, "to_stream", lambda self, file: _write_other(self, file))
+    with pytest.raises(WriteError, match="not the ones written"):
+        write_map(tmp_path / "m.nii.gz", scan.array, map_header(scan, "x", "y", (0.0, 1.0)))
+    assert os.listdir(tmp_path) == []
+
+
+def _write_other(image, file, original=nib.Nifti1Image.to_stream):
+    original(nib.Nifti1Image(np.asanyarray(image.dataobj) * 2, None, image.header), file)
+
+
+def test_a_place_that_cannot_be_written_is_told(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(WriteError, match="cannot write there"):
+        require_writable(tmp_path / "file" / "out")
+    require_writable(tmp_path / "new")
+    assert os.listdir(tmp_path / "new") == []
