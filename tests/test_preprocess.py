@@ -1,0 +1,179 @@
+import numpy as np
+import pytest
+import torch
+
+from volsal.preprocess import MonaiSteps, PathFunction, PreprocessError, as_preprocess
+from volsal.scans import Scan, read_scan
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*labels:FutureWarning")  # Orientation, of itself
+monai_transforms = pytest.importorskip("monai.transforms")
+
+
+@pytest.fixture
+def scan(scan_file):
+    return read_scan(scan_file())
+
+
+def blob_position(tensor, grid):
+    """World position of the centre of mass of the brightest part."""
+    volume = tensor[0, 0].numpy()
+    weight = np.clip(volume - volume.min() - 0.75 * np.ptp(volume), 0, None)
+    index = np.stack(np.meshgrid(*map(np.arange, volume.shape), indexing="ij"), -1)
+    return grid.world((index * weight[..., None]).reshape(-1, 3).sum(0) / weight.sum())
+
+
+def test_nothing_is_the_scan_as_it_is(scan):
+    result = as_preprocess(None)(scan)
+    assert result.grid.same_as(scan.grid)
+    np.testing.assert_array_equal(result.tensor[0, 0].numpy(), scan.array)
+
+
+CHAINS = {
+    "orientation": ["Orientation"],
+    "spacing": [{"Spacing": {"pixdim": [1.5, 2.0, 3.0]}}],
+    "crop": [{"SpatialCrop": {"roi_start": [3, 4, 2], "roi_end": [22, 26, 18]}}],
+    "pad": [{"SpatialPad": {"spatial_size": [40, 40, 40]}}],
+    "resize": [{"Resize": {"spatial_size": [31, 20, 33]}}],
+    "flip": [{"Flip": {"spatial_axis": 1}}],
+    "turn": [{"Rotate90": {"k": 1, "spatial_axes": [0, 2]}}],
+    "zoom": [{"Zoom": {"zoom": 1.3, "keep_size": False}}],
+    "all": [
+        {"Orientation": {"axcodes": "RAS"}},
+        {"Spacing": {"pixdim": [2, 2, 2]}},
+        {"ScaleIntensityRange": {"a_min": 0, "a_max": 500, "b_min": 0, "b_max": 1, "clip": True}},
+        {"CropForeground": {"margin": 1}},
+        {"ResizeWithPadOrCrop": {"spatial_size": [24, 30, 26]}},
+        "NormalizeIntensity",
+    ],
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_the_grid_says_where_every_chain_put_the_scan(scan, name):
+    steps = CHAINS[name] if name != "orientation" else [{"Orientation": {"axcodes": "PIR"}}]
+    before = blob_position(torch.from_numpy(scan.array)[None, None], scan.grid)
+    result = MonaiSteps.from_config(steps)(scan)
+    assert result.tensor.ndim == 5
+    assert tuple(result.tensor.shape[2:]) == result.grid.shape
+    np.testing.assert_allclose(blob_position(result.tensor, result.grid), before, atol=0.6)
+
+
+def test_the_scan_itself_is_never_written_to(scan):
+    kept = scan.array.copy()
+    for steps in ([], ["NormalizeIntensity"], [{"Flip": {"spatial_axis": 0}}]):
+        result = MonaiSteps.from_config(steps)(scan)
+        result.tensor.fill_(7)
+    np.testing.assert_array_equal(scan.array, kept)
+
+
+class Bare:
+    def __call__(self, image):
+        return image.numpy() * 2
+
+
+class Restarting:
+    """What a step written for arrays does when it wraps its result again."""
+
+    def __call__(self, image):
+        from monai.data import MetaTensor
+
+        return MetaTensor(image.as_tensor() * 2)
+
+
+class Turning:
+    def __init__(self, *axes):
+        self.axes = axes
+
+    def __call__(self, image):
+        return torch.flip(image, self.axes)
+
+
+class Swapping:
+    def __call__(self, image):
+        from monai.data import MetaTensor
+
+        return MetaTensor(image.as_tensor().transpose(1, 2), affine=image.affine)
+
+
+@pytest.mark.parametrize(
+    ("step", "says"),
+    [
+        (Bare(), "step 2, Bare, returned a bare ndarray, so where its voxels lie is lost"),
+        (Restarting(), "step 2, Restarting, set the affine back to identity"),
+        (Turning(1), "fits the scan better mirrored along axis 0"),
+        (Turning(1, 3), "fits the scan better mirrored along axis 0 and mirrored along axis 2"),
+    ],
+)
+def test_a_step_that_loses_or_falsifies_the_affine_is_caught(scan, step, says):
+    with pytest.raises(PreprocessError, match=says):
+        as_preprocess([monai_transforms.Orientation("RAS"), step])(scan)
+
+
+def test_swapped_axes_of_a_cube_are_caught(scan_file):
+    scan = read_scan(scan_file(shape=(22, 22, 22)))
+    with pytest.raises(PreprocessError, match="with its axes in the order 1 0 2"):
+        as_preprocess([monai_transforms.ScaleIntensity(), Swapping()])(scan)
+
+
+@pytest.mark.parametrize("change", [lambda x: -x, lambda x: x.clip(100, 300), np.sqrt, lambda x: x * 0 + 1])
+def test_intensity_changes_are_not_taken_for_turns(scan, change):
+    function = PathFunction(lambda path: (change(np.abs(scan.array))[None], scan.grid.affine))
+    assert function(scan).grid.same_as(scan.grid)
+
+
+def test_an_affine_of_another_place_is_caught(scan):
+    moved = scan.grid.affine.copy()
+    moved[:3, 3] += 500
+    with pytest.raises(PreprocessError, match="only 0% of the model's input lies inside the scan"):
+        as_preprocess(lambda path: (scan.array[None], moved))(scan)
+
+
+@pytest.mark.parametrize("shape", [(1, 24, 28, 20), (1, 1, 24, 28, 20)])
+def test_a_function_gets_the_path_and_gives_tensor_and_affine(scan, shape):
+    seen = []
+    result = as_preprocess(lambda path: (seen.append(path), (scan.array.reshape(shape), scan.grid.affine))[1])(scan)
+    assert seen == [scan.path]
+    assert result.tensor.shape == (1, 1, 24, 28, 20)
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (lambda s: s.array, "must return .tensor, affine."),
+        (lambda s: (s.array, s.grid.affine), r"gives shape \(24, 28, 20\); expected \(C, D, H, W\)"),
+        (lambda s: (s.array[None], np.eye(3)), "gives no usable place"),
+        (lambda s: (s.array[None] * np.nan, s.grid.affine), "13,440 NaN or infinite voxels"),
+        (lambda s: 1 / 0, "fails: ZeroDivisionError"),
+    ],
+)
+def test_a_functions_wrong_answers_are_told(scan, answer, says):
+    with pytest.raises(PreprocessError, match=says):
+        as_preprocess(lambda path: answer(scan))(scan)
+
+
+def test_a_function_needs_a_file(oblique):
+    with pytest.raises(PreprocessError, match="made in memory"):
+        as_preprocess(lambda path: None)(Scan(np.zeros(oblique.shape, np.float32), oblique))
+
+
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        ("Orientatoin", "MONAI has no transform 'Orientatoin'; did you mean 'Orientation'"),
+        ({"Orientation": {"axcode": "RAS"}}, "Orientation has no argument 'axcode'; did you mean 'axcodes'"),
+        ({"Resize": {}}, "Resize refuses {}"),
+        ("LoadImage", "volsal reads the scan itself"),
+        ("EnsureChannelFirst", "comes channel-first already"),
+        ("Orientationd", "works on dictionaries; use Orientation"),
+        ({"RandFlip": {"prob": 0.5}}, "RandFlip is random"),
+        ({"Flip": {}, "Zoom": {}}, "must be one name"),
+    ],
+)
+def test_a_wrong_step_in_a_config_is_told_before_any_scan(entry, says):
+    with pytest.raises(PreprocessError, match=says):
+        MonaiSteps.from_config([entry])
+
+
+def test_a_step_that_fails_names_itself_and_the_scan(scan):
+    with pytest.raises(PreprocessError, match=r"scan\.nii\.gz: preprocessing step 2, Resize, fails"):
+        MonaiSteps.from_config([{"SpatialCrop": {"roi_start": [0, 0, 0], "roi_end": [2, 2, 2]}}, {"Resize": {"spatial_size": [4, 4, 4], "mode": "nonsense"}}])(scan)

@@ -1,0 +1,280 @@
+"""From a scan to what the model sees, with the place of every voxel kept.
+
+The map goes home by geometry alone: preprocessing states where its result lies, as a 4 x 4 affine, and no transform is
+ever undone.  So the one thing that matters here is that this affine is true; what can be checked about it is checked.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from volsal.errors import VolsalError, nearest
+from volsal.grid import Grid, GridError
+from volsal.resampling import resample
+from volsal.scans import Scan
+
+
+class PreprocessError(VolsalError, ValueError):
+    """Preprocessing failed, or its result cannot be placed in the scan's world."""
+
+
+@dataclass(frozen=True, eq=False)
+class ModelInput:
+    """What the model sees: (1, C, D, H, W) float, and where its voxels lie."""
+
+    tensor: Tensor
+    grid: Grid
+
+
+Preprocess = Callable[[Scan], ModelInput]
+# Less of the model's input than this inside the scan means that the affine is not the scan's.
+_LEAST_OVERLAP = 0.05
+
+
+def as_preprocess(steps: Any) -> Preprocess:
+    """Whatever a user gives, as a function from scan to model input.
+
+    None: the scan as it is, one channel.  A MONAI transform, ``Compose`` or sequence of them: applied to a
+    channel-first MetaTensor.  Any other callable: called with the scan's path, returns a tensor and its (4, 4) affine.
+    """
+    if isinstance(steps, (MonaiSteps, PathFunction)):
+        return steps
+    if steps is None:
+        return MonaiSteps([])
+    if isinstance(steps, Sequence) and not isinstance(steps, str):
+        return MonaiSteps(list(steps))
+    if type(steps).__module__.startswith("monai."):
+        return MonaiSteps([steps])
+    if callable(steps):
+        return PathFunction(steps)
+    raise PreprocessError(
+        f"preprocess is a list of MONAI transforms or a function from a path to (tensor, affine), not {steps!r}"
+    )
+
+
+class PathFunction:
+    """The user's own preprocessing: a function from a scan's path to a tensor and its affine.
+
+    Parameters
+    ----------
+    function : path -> ((C, D, H, W) or (1, C, D, H, W) tensor or array, (4, 4) affine: voxel centre to RAS+ mm)
+    """
+
+    def __init__(self, function: Callable[[Path], Any]) -> None:
+        self._function = function
+
+    def __repr__(self) -> str:
+        return getattr(self._function, "__qualname__", repr(self._function))
+
+    def __call__(self, scan: Scan) -> ModelInput:
+        """The function's answer, checked against the scan."""
+        if scan.path is None:
+            raise PreprocessError(f"{self!r} reads a file, and this scan was made in memory; pass its path instead")
+        try:
+            answer = self._function(scan.path)
+        except Exception as error:
+            raise PreprocessError(f"{scan}: {self!r} fails: {type(error).__name__}: {error}") from error
+        if not isinstance(answer, (tuple, list)) or len(answer) != 2:
+            raise PreprocessError(f"{self!r} must return (tensor, affine); it returned a {type(answer).__name__}")
+        tensor = torch.as_tensor(answer[0]).detach().as_subclass(Tensor)
+        if tensor.ndim == 5 and len(tensor) == 1:
+            tensor = tensor[0]
+        return _placed(tensor, np.asarray(answer[1], dtype=float), scan, repr(self))
+
+
+class MonaiSteps:
+    """MONAI array transforms, applied one after the other to a channel-first MetaTensor of the scan.
+
+    Each step is watched: one that returns a bare array, or sets the affine back to identity, has lost the place of its
+    voxels and is refused by name.
+    """
+
+    def __init__(self, steps: Sequence[Callable]) -> None:
+        self._steps = list(_flattened(steps))
+
+    def __repr__(self) -> str:
+        return " > ".join(type(step).__name__ for step in self._steps) or "the scan as it is"
+
+    @classmethod
+    def from_config(cls, entries: Sequence[str | Mapping[str, Mapping[str, Any] | None]]) -> MonaiSteps:
+        """Steps by MONAI's names: ``- Orientation: {axcodes: RAS}``, or ``- NormalizeIntensity`` without arguments."""
+        return cls([_named_step(number, entry) for number, entry in enumerate(entries, 1)])
+
+    def __call__(self, scan: Scan) -> ModelInput:
+        """The scan after every step."""
+        if not self._steps:
+            return _placed(torch.from_numpy(scan.array)[None].clone(), scan.grid.affine, scan, repr(self))
+        current = _meta_tensor(scan)
+        for number, step in enumerate(self._steps, 1):
+            current = _apply(step, f"preprocessing step {number}, {type(step).__name__},", current, scan)
+        return _placed(current.as_tensor(), current.affine.numpy(), scan, repr(self))
+
+
+def _meta_tensor(scan: Scan) -> Any:
+    from monai.data import MetaTensor
+
+    affine = torch.from_numpy(scan.grid.affine.copy())
+    meta = {"original_affine": affine.clone(), "space": "RAS", "spatial_shape": np.array(scan.grid.shape)}
+    return MetaTensor(torch.from_numpy(scan.array.copy())[None], affine=affine, meta=meta)
+
+
+def _apply(step: Callable, name: str, before: Any, scan: Scan) -> Any:
+    from monai.data import MetaTensor
+
+    try:
+        after = step(before)
+    except Exception as error:
+        raise PreprocessError(f"{scan}: {name} fails: {type(error).__name__}: {error}") from error
+    if not isinstance(after, MetaTensor):
+        raise PreprocessError(
+            f"{name} returned a bare {type(after).__name__}, so where its voxels lie is lost; use a transform that "
+            "keeps MONAI's MetaTensor, or a function that returns (tensor, affine)"
+        )
+    identity = torch.eye(4, dtype=after.affine.dtype)
+    if torch.equal(after.affine.cpu(), identity) and not torch.equal(before.affine.cpu().to(identity), identity):
+        raise PreprocessError(
+            f"{name} set the affine back to identity, so where its voxels lie is lost (a step written for bare arrays "
+            "does that); use a MONAI transform for it, or a function that returns (tensor, affine)"
+        )
+    return after
+
+
+def _flattened(steps: Sequence[Callable]) -> Iterator[Callable]:
+    for step in steps:
+        if type(step).__module__.startswith("monai.") and hasattr(step, "transforms"):
+            yield from _flattened(step.transforms)
+        else:
+            _require_repeatable(step)
+            yield step
+
+
+def _require_repeatable(step: Callable) -> None:
+    if not callable(step):
+        raise PreprocessError(f"a preprocessing step is callable; this one is {step!r}")
+    if hasattr(step, "set_random_state") or hasattr(step, "randomize"):
+        raise PreprocessError(
+            f"{type(step).__name__} is random, so the map would explain an input that nobody sees again; leave "
+            "augmentation out"
+        )
+
+
+_OURS = {
+    "LoadImage": "volsal reads the scan itself",
+    "EnsureChannelFirst": "the scan comes channel-first already, (1, I, J, K)",
+    "AddChannel": "the scan comes channel-first already, (1, I, J, K)",
+}
+
+
+def _named_step(number: int, entry: str | Mapping[str, Mapping[str, Any] | None]) -> Callable:
+    import monai.transforms as transforms
+
+    if isinstance(entry, str):
+        entry = {entry: {}}
+    if len(entry) != 1:
+        raise PreprocessError(f"preprocessing step {number} must be one name with its arguments, not {dict(entry)}")
+    ((name, arguments),) = entry.items()
+    if name in _OURS:
+        raise PreprocessError(f"preprocessing step {number}, {name}: {_OURS[name]}; leave the step out")
+    kind = getattr(transforms, name, None)
+    if not (inspect.isclass(kind) and issubclass(kind, transforms.Transform)):
+        known = [n for n, k in vars(transforms).items() if inspect.isclass(k) and issubclass(k, transforms.Transform)]
+        raise PreprocessError(f"preprocessing step {number}: MONAI has no transform {name!r}{nearest(name, known)}")
+    if issubclass(kind, transforms.MapTransform):
+        raise PreprocessError(
+            f"preprocessing step {number}: {name} works on dictionaries; use {name.rstrip('dD').removesuffix('ict')}"
+        )
+    accepted = inspect.signature(kind).parameters
+    for argument in arguments or {}:
+        if argument not in accepted:
+            raise PreprocessError(
+                f"preprocessing step {number}: {name} has no argument {argument!r}{nearest(argument, accepted)}"
+            )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # MONAI announces its defaults; the scan's space is stated
+            return kind(**dict(arguments or {}))
+    except Exception as error:
+        raise PreprocessError(
+            f"preprocessing step {number}: {name} refuses {dict(arguments or {})}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _placed(tensor: Tensor, affine: NDArray[np.float64], scan: Scan, how: str) -> ModelInput:
+    """The model input on its grid, after every check that can be made of it."""
+    if tensor.ndim != 4:
+        raise PreprocessError(f"{scan}: {how} gives shape {tuple(tensor.shape)}; expected (C, D, H, W)")
+    tensor = tensor.float()
+    if not torch.isfinite(tensor).all():
+        raise PreprocessError(f"{scan}: {how} gives {int((~torch.isfinite(tensor)).sum()):,} NaN or infinite voxels")
+    try:
+        grid = Grid(tensor.shape[1:], affine)
+    except GridError as error:
+        raise PreprocessError(f"{scan}: {how} gives no usable place for its result: {error}") from error
+    overlap = grid.overlap(scan.grid)
+    if overlap < _LEAST_OVERLAP:
+        raise PreprocessError(
+            f"{scan}: after {how}, only {overlap:.0%} of the model's input lies inside the scan, so its affine is not "
+            f"the scan's ({grid}, centred at {_centre(grid)} mm; the scan at {_centre(scan.grid)} mm); a step lost or "
+            "falsified it"
+        )
+    _require_same_anatomy(tensor, grid, scan, how)
+    return ModelInput(tensor[None], grid)
+
+
+def _centre(grid: Grid) -> str:
+    return ", ".join(f"{mm:.0f}" for mm in grid.world((np.array(grid.shape) - 1) / 2))
+
+
+def _require_same_anatomy(tensor: Tensor, grid: Grid, scan: Scan, how: str) -> None:
+    """Refuse an input that shows the scan turned over: its affine would send the map to the wrong side.
+
+    The input is compared, on a lattice, with the scan sampled where the affine says; then the same for the input
+    mirrored and permuted in each possible way.  If the preprocessing is sound the stated placement fits best, whatever
+    was done to the intensities.
+    """
+    seen = tensor.mean(0).numpy()
+    stride = [max(1, n // 24) for n in grid.shape]
+    lattice = tuple(slice(None, None, s) for s in stride)
+    shape = seen[lattice].shape
+    there = resample(scan.array, scan.grid, Grid(shape, grid.affine @ np.diag([*stride, 1.0])))
+
+    def fit(order: tuple[int, ...], flips: tuple[int, ...]) -> float:
+        turned = np.flip(seen.transpose(order), flips)
+        return abs(_correlation(turned[lattice], there))
+
+    stated = fit((0, 1, 2), ())
+    turns = [
+        (order, flips)
+        for order in itertools.permutations(range(3))
+        if seen.transpose(order).shape == seen.shape
+        for count in range(4)
+        for flips in itertools.combinations(range(3), count)
+    ]
+    best, (order, flips) = max((fit(*turn), turn) for turn in turns)
+    if best >= 0.5 and best - stated > 0.05:
+        change = [f"mirrored along axis {axis}" for axis in flips]
+        change += ["with its axes in the order " + " ".join(map(str, order))] if order != (0, 1, 2) else []
+        raise PreprocessError(
+            f"{scan}: after {how}, the model's input fits the scan better {' and '.join(change)} (r = {best:.2f}) "
+            f"than where its affine places it ({stated:.2f}): a step turned the voxels and not the affine, and the map "
+            "would land on the wrong side; use MONAI's Flip, Rotate90 or Orientation for it"
+        )
+
+
+def _correlation(a: NDArray, b: NDArray) -> float:
+    """Pearson's r of two equally shaped arrays, outliers clipped; 0 where one of them is constant."""
+    a, b = (np.clip(x, *np.percentile(x, (1, 99))) for x in (a, b))
+    a, b = a - a.mean(), b - b.mean()
+    scale = float(np.sqrt((a * a).sum() * (b * b).sum()))
+    return float((a * b).sum()) / scale if scale > 0 else 0.0
