@@ -1,0 +1,5 @@
+"""``python -m volsal``."""
+
+from volsal.cli import main
+
+main()

@@ -1,0 +1,193 @@
+"""A run: one config over many scans, one folder per case.  A bad scan costs no other scan's result.
+
+The run folder is the record.  ``run.json`` says what was asked for, each case's ``case.json`` (written last) that the
+case is whole, and ``cases.csv`` is derived from them.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from volsal import __version__
+from volsal.config import Config, ConfigError, FunctionSection
+from volsal.errors import VolsalError
+from volsal.explain import CASE_FILE, Explainer, environment
+from volsal.scans import read_scan
+from volsal.scans.find import case_ids, find_scans
+from volsal.scans.scan import file_digest
+from volsal.scans.write import WriteError, replacing, require_writable
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one scan.
+
+    Attributes
+    ----------
+    case, scan : its id and its file
+    status : ``done``, ``kept`` (an earlier run's result that still holds) or ``failed``
+    error : why it failed, in one line; ``trace`` the traceback
+    record : the case's ``case.json``, unless it failed
+    seconds : how long it took
+    """
+
+    case: str
+    scan: Path
+    status: str
+    error: str | None = None
+    trace: str | None = None
+    record: dict[str, Any] | None = None
+    seconds: float = 0.0
+
+
+class Run:
+    """The scans that a config names, and the folder that their results go to.
+
+    Raises
+    ------
+    ConfigError
+        Where the config names no scans or no output, or no scan is found.
+    WriteError
+        Where the output folder cannot be written.
+    """
+
+    def __init__(self, config: Config, output: Path | None = None, methods: Sequence[str] | None = None) -> None:
+        if config.scans is None:
+            raise ConfigError(f"{config.path}: scans: missing; a run needs 'scans: {{folder: ...}}'")
+        if output is None and config.output is None:
+            raise ConfigError(f"{config.path}: output: missing; say where the results go, here or with --output")
+        self.config = config
+        self.scans = config.scans
+        self.methods = methods
+        self.folder = output or config.folder / str(config.output)
+        source = config.folder / config.scans.folder
+        if not source.is_dir():
+            raise ConfigError(f"{config.path}: scans.folder: {source} is not a folder")
+        paths = list(find_scans(source, config.scans.pattern))
+        if not paths:
+            wanted = config.scans.pattern or "*.nii, *.nii.gz or *.hdr"
+            raise ConfigError(f"{config.path}: scans.folder: no {wanted} below {source}")
+        self.cases = {case: path for path, case in case_ids(paths, source).items()}
+
+    def execute(self) -> Iterator[Outcome]:
+        """Explain every case; yield what became of each as it ends.
+
+        The model and every setting are checked before the first scan is touched.
+        """
+        explainer = Explainer.from_config(self.config, self.methods)
+        require_writable(self.folder)
+        recipe = self._recipe(explainer)
+        self._write_run(explainer)
+        for case, path in self.cases.items():
+            yield self._one(explainer, case, path, recipe)
+
+    def _one(self, explainer: Explainer, case: str, path: Path, recipe: dict[str, Any]) -> Outcome:
+        clock = time.monotonic()
+        try:
+            key = _digest({**recipe, "scan": file_digest(path)})
+            record = self.record(case)
+            if record and record["provenance"].get("key") == key and self._whole(case, record):
+                return Outcome(case, path, "kept", record=record)
+            scan = read_scan(path, self.scans.volume, self.scans.form)
+            explanation = explainer(scan, case)
+            explanation = replace(explanation, provenance={**explanation.provenance, "key": key})
+            explanation.save(self.folder)
+        except WriteError:
+            raise  # a disk that is full or gone fails every case alike: stop, and lose nothing that is done
+        except Exception as error:  # noqa: BLE001 - the one place that outlives any error: the next scan still counts
+            reason = str(error) if isinstance(error, VolsalError) else f"{type(error).__name__}: {error}"
+            seconds = time.monotonic() - clock
+            return Outcome(case, path, "failed", _one_line(reason), traceback.format_exc(), None, seconds)
+        return Outcome(case, path, "done", record=self.record(case), seconds=time.monotonic() - clock)
+
+    def record(self, case: str) -> dict[str, Any] | None:
+        """The case's ``case.json``; None where there is none or it is not one of ours."""
+        try:
+            content = json.loads((self.folder / case / CASE_FILE).read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            return None
+        return content if isinstance(content, dict) and "provenance" in content else None
+
+    def _whole(self, case: str, record: dict[str, Any]) -> bool:
+        return all((self.folder / case / entry["file"]).is_file() for entry in record["maps"])
+
+    def _recipe(self, explainer: Explainer) -> dict[str, Any]:
+        """All that a case's result depends on, but the scan: a result is kept exactly while this stays the same."""
+        config = self.config
+        function = config.preprocess.function if isinstance(config.preprocess, FunctionSection) else ""
+        codes = [ref.rpartition(":")[0] for ref in (config.model.factory or "", function)]
+        return {
+            "volsal": __version__,
+            "weights": explainer.weights_sha256,
+            "model": config.model.model_dump(exclude={"weights", "device"}),
+            "preprocess": repr(config.preprocess),
+            "methods": [repr(method) for method in explainer.methods],
+            "targets": [repr(target) for target in explainer.targets],
+            "scans": [self.scans.volume, self.scans.form],
+            "code": [sha256((config.folder / c).read_bytes()).hexdigest() for c in codes if c.endswith(".py")],
+        }
+
+    def _write_run(self, explainer: Explainer) -> None:
+        content = {
+            "config": self.config.model_dump(mode="json"),
+            "methods": [method.id for method in explainer.methods],
+            "weights_sha256": explainer.weights_sha256,
+            "cases": len(self.cases),
+            **environment(),
+        }
+        with replacing(self.folder / "run.json") as temporary:
+            temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+
+    def write_table(self, outcomes: Sequence[Outcome]) -> Path:
+        """``cases.csv``: one row per case and map; a case that failed has one row with its reason."""
+        path = self.folder / "cases.csv"
+        with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(_COLUMNS)
+            for outcome in outcomes:
+                writer.writerows([_safe_cell(cell) for cell in row] for row in _rows(outcome))
+        return path
+
+
+_COLUMNS = (
+    "case", "status", "error", "prediction", "method", "target", "layer", "map_status", "maximum", "unit",
+    "peak_x_mm", "peak_y_mm", "peak_z_mm", "file",
+)  # fmt: skip
+
+
+def _rows(outcome: Outcome) -> Iterator[list[Any]]:
+    if outcome.record is None:
+        yield [outcome.case, outcome.status, outcome.error, *[""] * (len(_COLUMNS) - 3)]
+        return
+    predicted = outcome.record["prediction"]
+    label = predicted["class_name"] or ("" if predicted["class"] is None else predicted["class"])
+    for entry in outcome.record["maps"]:
+        yield [
+            outcome.case, outcome.status, "", label, entry["method"], entry["target"], entry["layer"] or "input",
+            entry["status"], f"{entry['maximum']:.6g}", entry["unit"],
+            *([f"{mm:.2f}" for mm in entry["peak_mm"]] if entry["peak_mm"] else [""] * 3),
+            f"{outcome.case}/{entry['file']}",
+        ]  # fmt: skip
+
+
+def _safe_cell(cell: Any) -> Any:
+    """Text that a spreadsheet would take for a formula gets a leading apostrophe; numbers stay numbers."""
+    text = _one_line(str(cell))
+    is_number = text.lstrip("-").replace(".", "", 1).replace("e-", "", 1).replace("e+", "", 1).isdigit()
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) and not is_number else text
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.encode("utf-8", "backslashreplace").decode().split())
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return sha256(json.dumps(content, sort_keys=True, default=repr).encode()).hexdigest()

@@ -1,0 +1,357 @@
+"""The command line: words to calls, results to exit codes.  No computation lives here.
+
+Exit status: 0 all done; 1 some scans failed, each named on stderr; 2 the command itself made no sense.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from volsal.batch import Outcome
+    from volsal.config import Config
+    from volsal.explain import Explanation
+
+SOME_FAILED, NO_SENSE, INTERRUPTED = 1, 2, 130
+
+app = typer.Typer(
+    name="volsal",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help=(
+        "See where in a scan a 3D model found its evidence.\n\n"
+        "volsal takes a trained 3D network and scans (NIfTI), asks the network what made it say what it says, and "
+        "writes the answer as overlay volumes on each scan's own voxels: open them over the scan in napari, 3D Slicer, "
+        "ITK-SNAP or FSLeyes.\n\n"
+        "New here? Run [bold]volsal demo[/bold]: it needs no data of yours."
+    ),
+)
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+ConfigOption = Annotated[
+    Path, typer.Option("--config", "-c", help="YAML file that names the model and its preprocessing; see configs/.")
+]
+MethodOption = Annotated[
+    list[str] | None,
+    typer.Option("--method", "-m", help="A method, e.g. grad-cam; repeat for several. Replaces the config's."),
+]
+TargetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--target",
+        "-t",
+        help="What to explain: predicted-class, class-1, margin-1-0, regression, or a class name from the config. "
+        "Repeat for several. Replaces the config's.",
+    ),
+]
+VolumeOption = Annotated[int | None, typer.Option(help="Which volume of a 4D file, counted from 0.")]
+FormOption = Annotated[
+    str | None, typer.Option(help="sform or qform: which of a file's two geometries, where they disagree.")
+]
+
+
+def printable(text: object) -> str:
+    """Text that cannot write anything but itself to a terminal: names of files may hold control characters."""
+    safe = str(text).encode("utf-8", "backslashreplace").decode()
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in safe)
+
+
+def say(text: object, console: Console = out, style: str | None = None) -> None:
+    """Print without reading markup into what came from files."""
+    console.print(printable(text), markup=False, style=style)
+
+
+def _explained(command: Callable[..., None]) -> Callable[..., None]:
+    """Errors in one line, the traceback behind --debug, and the right exit status."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except (typer.Exit, typer.Abort):
+            raise
+        except KeyboardInterrupt:
+            say("interrupted; what is done is kept", err)
+            raise typer.Exit(INTERRUPTED) from None
+        except Exception as error:  # noqa: BLE001 - the outermost border: a person is on the other side
+            _fail(error)
+
+    return wrapped
+
+
+def _fail(error: Exception) -> NoReturn:
+    from volsal.errors import VolsalError
+    from volsal.preprocess import PreprocessError
+    from volsal.scans import ScanError
+
+    if _debug():
+        err.print(traceback.format_exc(), markup=False)
+    if isinstance(error, VolsalError):
+        say(f"volsal: {error}", err)
+        raise typer.Exit(SOME_FAILED if isinstance(error, (ScanError, PreprocessError)) else NO_SENSE)
+    say(f"volsal: unexpected {type(error).__name__}: {error} (run again with --debug and report what it prints)", err)
+    raise typer.Exit(SOME_FAILED)
+
+
+def _debug() -> bool:
+    return bool(os.environ.get("VOLSAL_DEBUG"))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from volsal import __version__
+
+        say(f"volsal {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error came from (allowed anywhere).")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+@_explained
+def explain(
+    scan: Annotated[Path, typer.Argument(help="The scan: .nii, .nii.gz, or .hdr/.img.")],
+    config: ConfigOption,
+    method: MethodOption = None,
+    target: TargetOption = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("volsal-out"),
+    volume: VolumeOption = None,
+    form: FormOption = None,
+) -> None:
+    """Explain one scan: overlay volumes on its own voxels, and a JSON record beside them."""
+    from volsal.config import load_config
+    from volsal.explain import Explainer
+    from volsal.scans import read_scan
+    from volsal.scans.write import require_writable
+
+    settings = _load(load_config(config))
+    if not scan.exists():
+        say(f"volsal: {scan}: no such file", err)
+        raise typer.Exit(NO_SENSE)
+    section = settings.scans
+    read = read_scan(
+        scan,
+        volume if volume is not None else (section.volume if section else None),
+        form or (section.form if section else None),
+    )
+    explainer = Explainer.from_config(settings, method, target)
+    require_writable(output)
+    explanation = explainer(read)
+    home = explanation.save(output)
+    _report(explanation, home)
+
+
+def _load(config: Config) -> Config:
+    if config.threads:
+        import torch
+
+        torch.set_num_threads(config.threads)
+    return config
+
+
+def _report(explanation: Explanation, home: Path) -> None:
+    say(f"{explanation.scan}: {explanation.prediction}")
+    for note in explanation.notes:
+        say(f"note: {note}", style="yellow")
+    table = Table(
+        "method", "target", "layer", "evidence", "peak (R, A, S mm)", "display range", box=None, pad_edge=False
+    )
+    for heatmap in explanation.maps:
+        peak = heatmap.peak_mm
+        table.add_row(
+            heatmap.method,
+            printable(heatmap.target),
+            printable(heatmap.layer or "input"),
+            {"ok": "found", "empty": "none (empty map)", "constant": "no place (constant map)"}[heatmap.status],
+            ", ".join(f"{mm:.1f}" for mm in peak) if peak else "-",
+            f"0 to {heatmap.window[1]:.3g} {heatmap.unit}",
+        )
+    out.print(table)
+    say(f"written to {home}")
+    shown = home / explanation.maps[0].file_name(explanation.case)
+    high = explanation.maps[0].window[1]
+    say("look at it:")
+    say(f"  volsal view {home}")
+    say(f"  fsleyes {explanation.scan} {shown} -cm red-yellow -dr {high / 5:.3g} {high:.3g} -a 70")
+    say(f"  itksnap -g {explanation.scan} -o {shown}")
+
+
+@app.command()
+@_explained
+def run(
+    config: Annotated[Path, typer.Argument(help="YAML file with model, preprocess, scans and output; see configs/.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Run folder. Replaces the config's.")] = None,
+    method: MethodOption = None,
+) -> None:
+    """Explain every scan of a folder. Run it again to do what is missing; a bad scan does not stop the others."""
+    from volsal.batch import Run
+    from volsal.config import load_config
+
+    work = Run(_load(load_config(config)), output, method)
+    outcomes: list[Outcome] = []
+    say(f"{len(work.cases)} scans below {work.config.folder / work.scans.folder}; results go to {work.folder}")
+    with _progress() as progress:
+        bar = progress.add_task("explaining", total=len(work.cases))
+        for outcome in work.execute():
+            outcomes.append(outcome)
+            if outcome.error:
+                say(f"failed: {outcome.case}: {outcome.error}", progress.console)
+                if _debug():
+                    say(outcome.trace, progress.console)
+            progress.advance(bar)
+    table = work.write_table(outcomes)
+    _summary(outcomes, table)
+    if any(outcome.status == "failed" for outcome in outcomes):
+        raise typer.Exit(SOME_FAILED)
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left:"),
+        TimeRemainingColumn(),
+        console=err,
+        transient=True,
+    )
+
+
+def _summary(outcomes: list[Outcome], csv: Path) -> None:
+    maps = [entry for outcome in outcomes if outcome.record for entry in outcome.record["maps"]]
+    table = Table("method", "target", "maps", "with evidence", "empty", "constant", box=None, pad_edge=False)
+    for pair in sorted({(entry["method"], entry["target"]) for entry in maps}):
+        states = [entry["status"] for entry in maps if (entry["method"], entry["target"]) == pair]
+        table.add_row(
+            *map(printable, pair), str(len(states)), *(str(states.count(s)) for s in ("ok", "empty", "constant"))
+        )
+    if maps:
+        out.print(table)
+    count = {status: sum(o.status == status for o in outcomes) for status in ("done", "kept", "failed")}
+    seconds = sum(outcome.seconds for outcome in outcomes if outcome.status == "done")
+    each = f" ({seconds / count['done']:.1f} s each)" if count["done"] else ""
+    kept = f", {count['kept']} kept from before" if count["kept"] else ""
+    say(f"{count['done']} done{each}{kept}, {count['failed']} failed, of {len(outcomes)} scans; table: {csv}")
+
+
+@app.command()
+@_explained
+def layers(
+    config: ConfigOption,
+    scan: Annotated[Path | None, typer.Argument(help="A scan to run through the model.")] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="Instead of a scan: the model input's size, as 1,96,96,96 (channels first).")
+    ] = None,
+) -> None:
+    """List the layers that could carry a map, with shape, stride and memory, and the one taken by default."""
+    from volsal.attribution import LayerError, default_layer, list_layers
+    from volsal.config import load_config
+    from volsal.explain import Explainer
+
+    settings = _load(load_config(config))
+    explainer = Explainer.from_config(settings)
+    tensor = explainer.model_input(_a_scan(settings, scan)) if shape is None else explainer.blank_input(_shape(shape))
+    try:
+        chosen = default_layer(explainer.model, tensor)
+    except LayerError as error:
+        chosen = ""
+        say(f"no default: {error}", err)
+    table = Table(box=None, pad_edge=False)
+    for column in ("", "layer", "kind", "cells", "channels", "stride", "MiB", ""):
+        table.add_column(column, overflow="fold", no_wrap=column != "layer")
+    for layer in list_layers(explainer.model, tensor):
+        remark = "" if layer.on_every_path else "beside other paths"
+        remark = f"runs {layer.calls} times" if layer.calls > 1 else remark
+        table.add_row(
+            "*" if layer.name == chosen else "",
+            printable(layer.name),
+            printable(layer.kind),
+            "x".join(map(str, layer.extent)),
+            str(layer.shape[1]),
+            "x".join(f"{step:.3g}" for step in layer.stride),
+            f"{layer.bytes / 2**20:.2f}",
+            remark,
+            style="bold" if layer.name == chosen else None if layer.suitable else "dim",
+        )
+    say(f"input {tuple(tensor.shape)}; layers in the order in which they finish; * is taken where none is named")
+    out.print(table)
+
+
+def _a_scan(config: Config, scan: Path | None) -> Any:
+    from volsal.config import ConfigError
+    from volsal.scans import read_scan
+    from volsal.scans.find import find_scans
+
+    section = config.scans
+    if scan is None and section is not None:
+        scan = next(find_scans(config.folder / section.folder, section.pattern), None)
+    if scan is None:
+        raise ConfigError(f"{config.path}: name a scan or give --shape, so that the model can be run once")
+    return read_scan(scan, section.volume if section else None, section.form if section else None)
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    parts = text.replace("x", ",").split(",")
+    if len(parts) != 4 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        raise typer.BadParameter(f"{text!r}: expected channels and three sizes, as in 1,96,96,96")
+    return tuple(int(part) for part in parts)
+
+
+@app.command()
+@_explained
+def view(
+    path: Annotated[Path, typer.Argument(help="A case folder that volsal wrote, or a scan.")],
+    maps: Annotated[list[Path] | None, typer.Argument(help="Map files to lay over the scan.")] = None,
+    convention: Annotated[
+        str, typer.Option(help="radiological (patient's right on the left) or neurological.")
+    ] = "radiological",
+) -> None:
+    """Look at a case in napari: the scan with its maps laid over it."""
+    from volsal.viewer.show import open_case
+
+    open_case(path, maps or [], convention=convention)
+
+
+@app.command()
+@_explained
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for scans, overlays and picture.")] = Path(
+        "volsal-demo"
+    ),
+    train: Annotated[bool, typer.Option("--train", help="Train the demo's network anew first (minutes).")] = False,
+) -> None:
+    """See volsal work: lesions planted in a real head MRI at known places, found again by each method."""
+    from volsal.demo.run import run_demo
+
+    run_demo(output, train, lambda line: say(line))
+
+
+def main() -> None:
+    """The ``volsal`` command."""
+    if "--debug" in sys.argv:  # allowed before and after the command's name
+        sys.argv.remove("--debug")
+        os.environ["VOLSAL_DEBUG"] = "1"
+    app()

@@ -1,0 +1,196 @@
+"""The config file: YAML, checked to the last key before anything is computed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from volsal.errors import VolsalError, nearest
+
+
+class ConfigError(VolsalError, ValueError):
+    """A config file that cannot be read or does not say what it must."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(_Section):
+    """The model: a factory with weights, or an exported program."""
+
+    factory: str | None = Field(None, description="package.module:factory, or path/to/file.py:factory")
+    file: str | None = Field(None, description="a .pt2 file made by torch.export.save, instead of a factory")
+    arguments: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the factory")
+    weights: str | None = Field(None, description=".safetensors, or a .pt that holds a plain state dict")
+    classes: list[str] = Field(default_factory=list, description="names of the model's classes, in output order")
+    device: str = Field("cpu", description="cpu, cuda, or cuda:0")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelSection:
+        if (self.factory is None) == (self.file is None):
+            raise ValueError("give either 'factory' or 'file' (a .pt2)")
+        return self
+
+
+class FunctionSection(_Section):
+    """Preprocessing by the user's own function."""
+
+    function: str = Field(description="package.module:function or path/to/file.py:function; path -> (tensor, affine)")
+
+
+class ScansSection(_Section):
+    """Which scans a run explains."""
+
+    folder: str = Field(description="every scan below it is a case")
+    pattern: str | None = Field(None, description="only paths or names like this, e.g. '*_T1w.nii.gz'")
+    volume: int | None = Field(None, ge=0, description="which volume of 4D files, from 0")
+    form: Literal["sform", "qform"] | None = Field(None, description="which affine, where a file's two disagree")
+
+
+class Config(_Section):
+    """A whole config file."""
+
+    model: ModelSection
+    preprocess: FunctionSection | list[str | dict[str, dict[str, Any] | None]] = Field(
+        default_factory=list, description="MONAI transforms by name with their arguments, or {function: ...}"
+    )
+    methods: list[str | dict[str, dict[str, Any] | None]] = Field(
+        default_factory=lambda: cast("list[str | dict[str, dict[str, Any] | None]]", ["grad-cam"]),
+        min_length=1,
+        description="ids, or an id with settings, as in 'grad-cam: {layer: layer3}'",
+    )
+    targets: list[str | int] = Field(default_factory=lambda: cast("list[str | int]", ["predicted-class"]), min_length=1)
+    scans: ScansSection | None = None
+    output: str | None = Field(None, description="the run folder")
+    threads: int | None = Field(None, ge=1, description="CPU threads; part of a result's last bits")
+
+    _path: Path = Path("config.yaml")
+
+    @property
+    def path(self) -> Path:
+        """The file this was read from."""
+        return self._path
+
+    @property
+    def folder(self) -> Path:
+        """What relative paths in the file start from: the file's own folder."""
+        return self._path.parent
+
+
+def load_config(path: str | Path) -> Config:
+    """Read and check a config file.
+
+    Raises
+    ------
+    ConfigError
+        One line per mistake: ``file:line: key: what is wrong``, with the nearest valid key.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such config file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as text: {error}") from error
+    try:
+        tree = yaml.compose(text, Loader=_Loader)
+        lines = _lines(tree, path) if tree is not None else {}
+        content = yaml.load(text, Loader=_Loader)  # _Loader is a SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise ConfigError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: a config is a mapping with the keys {', '.join(Config.model_fields)}")
+    try:
+        config = Config.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_mistake(path, lines, mistake) for mistake in _sorted(error))) from None
+    config._path = path
+    return config
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people mean it: 1e-3 is a number, and yes, no, on, off are words."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [
+        (tag, pattern)
+        for tag, pattern in resolvers
+        if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float", "tag:yaml.org,2002:int")
+    ]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _pattern, _first in (
+    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
+    ("int", r"^[-+]?[0-9]+$", "-+0123456789"),
+    ("float", r"^[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$", "-+.0123456789"),
+):  # fmt: skip
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list(_first))
+
+
+def _lines(node: yaml.Node, path: Path, above: tuple[str, ...] = ()) -> dict[tuple[str, ...], int]:
+    """The line of every key, by its path; a key that stands twice is an error, since YAML would drop the first."""
+    found: dict[tuple[str, ...], int] = {}
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            where = (*above, str(key.value))
+            line = key.start_mark.line + 1
+            if where in found:
+                raise ConfigError(f"{path}:{line}: {'.'.join(where)}: given twice (first in line {found[where]})")
+            found[where] = line
+            found |= _lines(value, path, where)
+    elif isinstance(node, yaml.SequenceNode):
+        for number, value in enumerate(node.value):
+            found[(*above, str(number))] = value.start_mark.line + 1
+            found |= _lines(value, path, (*above, str(number)))
+    return found
+
+
+def _sorted(error: ValidationError) -> list[Any]:
+    """Pydantic's mistakes without those of union branches that the user did not mean."""
+    mistakes = error.errors()
+    # `preprocess` is a mapping or a list; only the branch that fits what stands there is worth telling.
+    return [m for m in mistakes if not _other_branch(m)] or mistakes[:1]
+
+
+def _other_branch(mistake: Any) -> bool:
+    location = mistake["loc"]
+    if len(location) > 1 and location[0] == "preprocess":
+        mapping = location[1] == "FunctionSection"
+        return mistake["type"] in ("model_type", "list_type") or (
+            mapping and mistake["type"] == "model_attributes_type"
+        )
+    return len(location) > 2 and location[2] in ("str", "int") and location[0] in ("methods",)
+
+
+def _mistake(path: Path, lines: dict[tuple[str, ...], int], mistake: Any) -> str:
+    location = tuple(str(part) for part in mistake["loc"] if not _is_branch(str(part)))
+    line = next((lines[location[:n]] for n in range(len(location), 0, -1) if location[:n] in lines), None)
+    where = f"{path}:{line}" if line else str(path)
+    key = ".".join(location) or "the file"
+    if mistake["type"] == "extra_forbidden":
+        return f"{where}: {key}: unknown key{nearest(location[-1], _keys(location[:-1]))}"
+    if mistake["type"] == "missing":
+        return f"{where}: {key}: missing"
+    message = mistake["msg"].removeprefix("Value error, ")
+    given = "" if isinstance(mistake["input"], (dict, BaseModel)) else f" (got {mistake['input']!r})"
+    return f"{where}: {key}: {message[0].lower()}{message[1:]}{given}"
+
+
+def _is_branch(part: str) -> bool:
+    return part in ("FunctionSection", "str", "int") or part.startswith(("list[", "dict["))
+
+
+_SECTIONS: dict[str, type[BaseModel]] = {"model": ModelSection, "preprocess": FunctionSection, "scans": ScansSection}
+
+
+def _keys(location: tuple[str, ...]) -> list[str]:
+    section = _SECTIONS.get(location[0], Config) if location else Config
+    return list(section.model_fields)

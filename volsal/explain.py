@@ -1,0 +1,473 @@
+"""The main job: a model and a scan in, evidence on the scan's own voxels out."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from hashlib import sha256
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from volsal.attribution import METHODS, Attribution, LayerError, Method, ModelError, Target, parse_target, target_id
+from volsal.config import Config, FunctionSection
+from volsal.errors import VolsalError, nearest
+from volsal.grid import Grid
+from volsal.models import load_model, weights_digest
+from volsal.preprocess import ModelInput, MonaiSteps, PathFunction, Preprocess, as_preprocess
+from volsal.references import resolve
+from volsal.resampling import resample
+from volsal.scans import Scan, read_scan
+from volsal.scans.find import case_id
+from volsal.scans.write import map_header, replacing, write_map
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+CASE_FILE = "case.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Heatmap:
+    """One method's answer for one target, on the scan's own voxels.
+
+    Attributes
+    ----------
+    method, target : their ids, as in ``METHODS`` and file names
+    target_text : the target in words
+    layer : where a CAM was taken; None for maps made on the model's input
+    unit : of :attr:`values`
+    signed : whether negative values (evidence against) occur by definition
+    values : (I, J, K) float32 on the scan's grid; raw, never normalised; 0 outside the model's field of view
+    raw : (d, h, w) float32 as the method made it, summed over the input's channels
+    raw_grid : where ``raw`` lies
+    settings : the method's own
+    coverage : activations that a backward rule was put on
+    """
+
+    method: str
+    target: str
+    target_text: str
+    layer: str | None
+    unit: str
+    signed: bool
+    values: NDArray[np.float32]
+    raw: NDArray[np.float32]
+    raw_grid: Grid
+    grid: Grid
+    settings: dict[str, Any] = field(default_factory=dict)
+    coverage: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """What a viewer's list calls it: ``grad-cam class-1``."""
+        return f"{self.method} {self.target}"
+
+    @cached_property
+    def status(self) -> str:
+        """``ok``; ``empty``: no positive evidence anywhere; ``constant``: one value everywhere, so no place at all."""
+        if float(self.values.max()) <= 0:
+            return "empty"
+        return "constant" if float(np.ptp(self.raw)) == 0 else "ok"
+
+    @cached_property
+    def window(self) -> tuple[float, float]:
+        """The display range, from 0: to the 99.9th percentile of what is positive.
+
+        An empty map gets the range of its magnitude (or 1), so that everything in it lies at the invisible end.
+        """
+        positive = self.values[self.values > 0]
+        top = float(np.percentile(positive, 99.9)) if positive.size else float(np.abs(self.values).max())
+        return 0.0, float(np.float32(top)) or 1.0
+
+    @cached_property
+    def peak_mm(self) -> tuple[float, float, float] | None:
+        """World position, RAS+ mm, of the largest value; None unless :attr:`status` is ``ok``."""
+        if self.status != "ok":
+            return None
+        index = np.unravel_index(int(self.values.argmax()), self.values.shape)
+        x, y, z = (float(mm) for mm in self.grid.world(np.array(index)))
+        return x, y, z
+
+    def file_name(self, case: str) -> str:
+        """``<case>_<method>_<target>.nii.gz``."""
+        return f"{case}_{self.method}_{self.target}.nii.gz"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model said.  ``index`` and ``name`` are None for a model with a single output or no class names."""
+
+    logits: tuple[float, ...]
+    index: int | None
+    name: str | None
+
+    def __str__(self) -> str:
+        numbers = ", ".join(f"{logit:.3g}" for logit in self.logits[:8]) + (", ..." if len(self.logits) > 8 else "")
+        if self.index is None:
+            return f"output {numbers}" if self.logits else "no plain output"
+        return f"class {self.index}{f' ({self.name})' if self.name else ''}, logits {numbers}"
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """What one scan gave: the prediction, the maps on the scan's grid, and what made them."""
+
+    case: str
+    scan: Scan
+    prediction: Prediction
+    maps: tuple[Heatmap, ...]
+    notes: tuple[str, ...]
+    provenance: dict[str, Any]
+
+    def map(self, method: str, target: str | None = None) -> Heatmap:
+        """The map of that method (and target, where there are several)."""
+        found = [m for m in self.maps if m.method == method and target in (None, m.target)]
+        if len(found) != 1:
+            have = ", ".join(f"{m.method}/{m.target}" for m in self.maps)
+            raise KeyError(f"{len(found)} maps are {method}/{target or '*'}; there are {have}")
+        return found[0]
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the maps and ``case.json`` into ``folder/<case>``; return that folder.
+
+        ``case.json`` is written last: where it is, the case is whole.
+
+        Raises
+        ------
+        WriteError
+            Where the disk refuses or does not keep what it was given.
+        """
+        home = Path(folder) / self.case
+        record = home / CASE_FILE
+        _forget(home)
+        files = []
+        for heatmap in self.maps:
+            name = heatmap.file_name(self.case)
+            text = f"volsal {heatmap.method} {heatmap.layer or 'input'}: {heatmap.unit}"
+            write_map(home / name, heatmap.values, map_header(self.scan, heatmap.method, text, heatmap.window))
+            files.append({"file": name, "sha256": _file_digest(home / name), **_describe_map(heatmap)})
+        content = {
+            "format": FORMAT,
+            "case": self.case,
+            "scan": _describe_scan(self.scan),
+            "prediction": {
+                "logits": list(self.prediction.logits),
+                "class": self.prediction.index,
+                "class_name": self.prediction.name,
+            },
+            "maps": files,
+            "notes": list(self.notes),
+            "provenance": self.provenance,
+        }
+        with replacing(record) as temporary:
+            temporary.write_text(json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n")
+        return home
+
+    def show(self, **options: Any) -> None:
+        """Open the scan and its maps in napari (see :func:`volsal.viewer.show.show`)."""
+        from volsal.viewer.show import show
+
+        show(self.scan, self.maps, **options)
+
+    def figure(self, method: str | None = None, target: str | None = None) -> Figure:
+        """Three planes through the peak of a map (the first one unless named) as a matplotlib figure."""
+        from volsal.report.figures import three_planes
+
+        chosen = self.map(method, target) if method else self.maps[0]
+        return three_planes(
+            self.scan,
+            chosen.values,
+            window=chosen.window,
+            unit=chosen.unit,
+            at_mm=chosen.peak_mm,
+            signed=chosen.signed,
+            title=f"{self.case}: {chosen.method}, {chosen.target_text}",
+        )
+
+
+class Explainer:
+    """A model with its preprocessing, methods and targets, to be applied to scans.
+
+    Parameters
+    ----------
+    model : any ``nn.Module``; it stays as it is and where it is (device, mode, flags)
+    preprocess : MONAI transforms, or a function from a path to (tensor, affine); see
+        :func:`volsal.preprocess.as_preprocess`
+    methods : one or several of ``volsal.METHODS``, by id or as objects with their settings
+    targets : one or several targets, as objects, callables, or text (see :func:`volsal.attribution.parse_target`)
+    classes : names of the model's classes, for reading
+
+    >>> explainer = Explainer(model, preprocess, "grad-cam", targets="class-1")    # doctest: +SKIP
+    >>> explainer("scan.nii.gz").save("out")                                      # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        preprocess: Any = None,
+        methods: str | Method | Sequence[str | Method] = "grad-cam",
+        targets: str | int | Target | Sequence[str | int | Target] = "predicted-class",
+        classes: Sequence[str] = (),
+    ) -> None:
+        self.model = model
+        self.preprocess: Preprocess = as_preprocess(preprocess)
+        self.classes = tuple(classes)
+        self.methods = [_as_method(method) for method in _listed(methods)]
+        self.targets = [t if callable(t) else parse_target(t, self.classes) for t in _listed(targets)]
+        for what, ids in (("methods", [m.id for m in self.methods]), ("targets", [target_id(t) for t in self.targets])):
+            if not ids or len(set(ids)) < len(ids):
+                raise ValueError(f"{what} must be given, each once; got {', '.join(ids) or 'none'}")
+
+    @classmethod
+    def from_config(
+        cls, config: Config, methods: Sequence[str] | None = None, targets: Sequence[str | int] | None = None
+    ) -> Explainer:
+        """The explainer that a config describes; ``methods`` and ``targets`` replace the config's own."""
+        section = config.model
+        model = load_model(
+            cast(str, section.factory or section.file), section.arguments, section.weights, config.folder
+        )
+        try:
+            model.to(section.device)
+        except (RuntimeError, AssertionError) as error:
+            raise ModelError(f"{config.path}: model.device {section.device!r}: {str(error).splitlines()[0]}") from error
+        if isinstance(config.preprocess, FunctionSection):
+            preprocess: Preprocess = PathFunction(resolve(config.preprocess.function, config.folder))
+        else:
+            preprocess = MonaiSteps.from_config(config.preprocess)
+        chosen = [_configured_method(entry) for entry in (methods or config.methods)]
+        return cls(model, preprocess, chosen, list(targets or config.targets), section.classes)
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """Digest of the model's weights, part of every result's provenance."""
+        return weights_digest(self.model)
+
+    def __call__(
+        self, scan: str | Path | Scan, case: str | None = None, volume: int | None = None, form: str | None = None
+    ) -> Explanation:
+        """Explain one scan.
+
+        Parameters
+        ----------
+        scan : a file, or a scan in memory
+        case : id for file names; made from the file's name where None
+        volume, form : as in :func:`volsal.scans.read_scan`
+
+        Raises
+        ------
+        VolsalError
+            One of its kinds, in one line: the scan cannot be read, preprocessed or placed; the model cannot be run on
+            it; the target or layer does not fit; a method does not cover the model; a map is not finite.
+        """
+        started, clock = datetime.now(UTC), time.monotonic()
+        if not isinstance(scan, Scan):
+            scan = read_scan(scan, volume, form)
+        model_input = self.preprocess(scan)
+        tensor = self._to_model(model_input.tensor)
+        answers = [(method, method.attribute(self.model, tensor, self.targets)) for method in self.methods]
+        _require_repeatable(answers)
+        maps = tuple(
+            self._carry(method, answer, number, model_input, scan)
+            for method, answer in answers
+            for number in range(len(self.targets))
+        )
+        output = answers[0][1].output
+        return Explanation(
+            case or (case_id(scan.path) if scan.path else "scan"),
+            scan,
+            self._prediction(output),
+            maps,
+            (*scan.notes, *_remarks(output)),
+            {
+                **environment(),
+                "model": {"class": type(self.model).__name__, "weights_sha256": self.weights_sha256},
+                "model_input": {
+                    "shape": list(tensor.shape),
+                    "affine": model_input.grid.affine.tolist(),
+                    "preprocess": repr(self.preprocess),
+                },
+                "alignment": "half-pixel",
+                "device": str(tensor.device),
+                "threads": torch.get_num_threads(),
+                "started": started.isoformat(timespec="seconds"),
+                "seconds": round(time.monotonic() - clock, 3),
+            },
+        )
+
+    def model_input(self, scan: Scan) -> Tensor:
+        """What the model would see of ``scan``: (1, C, D, H, W), in its dtype, on its device."""
+        return self._to_model(self.preprocess(scan).tensor)
+
+    def blank_input(self, shape: Sequence[int]) -> Tensor:
+        """An input (1, *shape) of zeros, for asking about shapes alone."""
+        return self._to_model(torch.zeros(1, *shape))
+
+    def _to_model(self, tensor: Tensor) -> Tensor:
+        for parameter in self.model.parameters():
+            return tensor.to(parameter.device, parameter.dtype)
+        return tensor
+
+    def _carry(self, method: Method, answer: Attribution, number: int, model_input: ModelInput, scan: Scan) -> Heatmap:
+        """The raw map of one target, carried onto the scan's voxels in one step."""
+        raw = answer.maps[number][0].sum(0).float().cpu()
+        where = f"{method.id} at {f'layer {answer.layer!r}' if answer.layer else 'the input'}"
+        if not torch.isfinite(raw).all():
+            raise LayerError(f"{scan}: the map of {where} holds NaN or infinity")
+        if raw.ndim != 3:
+            raise LayerError(f"{scan}: the map of {where} has shape {tuple(raw.shape)}, not one value per 3D cell")
+        grid = model_input.grid if tuple(raw.shape) == model_input.grid.shape else model_input.grid.coarse(raw.shape)
+        target = self.targets[number]
+        return Heatmap(
+            method.id,
+            target_id(target),
+            str(target) if hasattr(target, "id") else target_id(target),
+            answer.layer,
+            method.unit,
+            method.signed,
+            resample(raw, grid, scan.grid).numpy(),
+            raw.numpy(),
+            grid,
+            scan.grid,
+            {key: value for key, value in vars(method).items() if value is not None},
+            dict(answer.coverage),
+        )
+
+    def _prediction(self, output: Any) -> Prediction:
+        if not isinstance(output, Tensor) or output.ndim > 2:
+            return Prediction((), None, None)
+        logits = tuple(float(logit) for logit in output.flatten())
+        if len(logits) < 2:
+            return Prediction(logits, None, None)
+        index = int(np.argmax(logits))
+        return Prediction(logits, index, self.classes[index] if index < len(self.classes) else None)
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+
+
+def _as_method(method: str | Method) -> Method:
+    if isinstance(method, Method):
+        return method
+    if method not in METHODS:
+        raise UnknownMethodError(f"unknown method {method!r}{nearest(str(method), METHODS)}")
+    return METHODS[method]()
+
+
+def _configured_method(entry: str | Mapping[str, Mapping[str, Any] | None]) -> Method:
+    """``grad-cam``, or ``grad-cam: {layer: layer3}``."""
+    if isinstance(entry, str):
+        return _as_method(entry)
+    if len(entry) != 1:
+        raise UnknownMethodError(f"a method is one id with its settings, not {dict(entry)}")
+    ((name, settings),) = entry.items()
+    kind = type(_as_method(name))
+    known: list[str] = [f.name for f in fields(kind)] if is_dataclass(kind) else []
+    for setting in settings or {}:
+        if setting not in known:
+            raise UnknownMethodError(f"method {name} has no setting {setting!r}{nearest(setting, known)}")
+    return kind(**dict(settings or {}))
+
+
+class UnknownMethodError(VolsalError, LookupError):
+    """No attribution method has that id."""
+
+
+def _require_repeatable(answers: list[tuple[Method, Attribution]]) -> None:
+    """Each method ran the model once; the same scan must have got the same scores."""
+    first = answers[0][1].scores
+    for method, answer in answers[1:]:
+        for ours, theirs in zip(first, answer.scores, strict=True):
+            if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4):
+                raise ModelError(
+                    f"the model is not deterministic: the same input scored {float(ours[0]):.6g} and then, for "
+                    f"{method.id}, {float(theirs[0]):.6g}; is there dropout or sampling that evaluation mode leaves on?"
+                )
+
+
+def _remarks(output: Any) -> list[str]:
+    if not isinstance(output, Tensor) or output.ndim != 2 or output.shape[1] < 2 or float(output.min()) < 0:
+        return []
+    if not torch.allclose(output.sum(1), torch.ones_like(output[:, 0]), atol=1e-4):
+        return []
+    return [
+        "the outputs sum to 1: probabilities, it seems; their gradients fade where the model is sure, so explain the "
+        "logits if you can"
+    ]
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for provenance."""
+    packages = {name: metadata.version(name) for name in ("torch", "numpy", "nibabel", "SimpleITK", "monai")}
+    from volsal import __version__
+
+    return {
+        "volsal": __version__,
+        "versions": {"python": platform.python_version(), **packages},
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
+    }
+
+
+def _forget(home: Path) -> None:
+    """Remove an earlier result of this case, its record first, so that no record ever stands over other maps."""
+    record = home / CASE_FILE
+    if not record.is_file():
+        return
+    names = [entry["file"] for entry in json.loads(record.read_text())["maps"]]
+    record.unlink()
+    for name in names:
+        (home / Path(name).name).unlink(missing_ok=True)
+
+
+def _file_digest(path: Path) -> str:
+    return sha256(path.read_bytes()).hexdigest()
+
+
+def _describe_map(heatmap: Heatmap) -> dict[str, Any]:
+    step = heatmap.raw_grid.spacing
+    return {
+        "method": heatmap.method,
+        "settings": heatmap.settings,
+        "target": heatmap.target,
+        "target_text": heatmap.target_text,
+        "layer": heatmap.layer,
+        "unit": heatmap.unit,
+        "signed": heatmap.signed,
+        "status": heatmap.status,
+        "window": list(heatmap.window),
+        "minimum": float(heatmap.values.min()),
+        "maximum": float(heatmap.values.max()),
+        "peak_mm": heatmap.peak_mm,
+        "cells": list(heatmap.raw.shape),
+        "cell_mm": [round(float(mm), 4) for mm in step],
+        "cell_affine": heatmap.raw_grid.affine.tolist(),
+        "coverage": heatmap.coverage,
+    }
+
+
+def _describe_scan(scan: Scan) -> dict[str, Any]:
+    return {
+        "path": os.fsencode(scan.path.resolve()).decode("utf-8", "backslashreplace") if scan.path else None,
+        "sha256": scan.sha256,
+        "shape": list(scan.grid.shape),
+        "affine": scan.grid.affine.tolist(),
+        "spacing_mm": [round(float(mm), 6) for mm in scan.grid.spacing],
+        "orientation": scan.grid.orientation,
+        "oblique_degrees": round(scan.grid.obliquity, 3),
+        "form": scan.form,
+        "volume": scan.volume,
+    }
