@@ -9,7 +9,7 @@ import functools
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from volsal.batch import Outcome
+    from volsal.batch import Outcome, Run
     from volsal.config import Config
     from volsal.explain import Explanation
 
@@ -210,21 +210,25 @@ def run(
     from volsal.config import load_config
 
     work = Run(_load(load_config(config)), output, method)
-    outcomes: list[Outcome] = []
     say(f"{len(work.cases)} scans below {work.config.folder / work.scans.folder}; results go to {work.folder}")
+    outcomes = list(_watched(work))
+    table = work.write_table(outcomes)
+    _summary(outcomes, table)
+    if any(outcome.status == "failed" for outcome in outcomes):
+        raise typer.Exit(SOME_FAILED)
+
+
+def _watched(work: Run) -> Iterator[Outcome]:
+    """The run's outcomes as they come, with a progress bar on a terminal and a line for each scan that failed."""
     with _progress() as progress:
         bar = progress.add_task("explaining", total=len(work.cases))
         for outcome in work.execute():
-            outcomes.append(outcome)
             if outcome.error:
                 say(f"failed: {outcome.case}: {outcome.error}", progress.console)
                 if _debug():
                     say(outcome.trace, progress.console)
             progress.advance(bar)
-    table = work.write_table(outcomes)
-    _summary(outcomes, table)
-    if any(outcome.status == "failed" for outcome in outcomes):
-        raise typer.Exit(SOME_FAILED)
+            yield outcome
 
 
 def _progress() -> Progress:
@@ -346,7 +350,7 @@ def demo(
     """See volsal work: lesions planted in a real head MRI at known places, found again by each method."""
     from volsal.demo.run import run_demo
 
-    run_demo(output, train, lambda line: say(line))
+    run_demo(output, train, say, _watched)
 
 
 def main() -> None:

@@ -176,7 +176,7 @@ def _mistake(path: Path, lines: dict[tuple[str, ...], int], mistake: Any) -> str
     where = f"{path}:{line}" if line else str(path)
     key = ".".join(location) or "the file"
     if mistake["type"] == "extra_forbidden":
-        return f"{where}: {key}: unknown key{nearest(location[-1], _keys(location[:-1]))}"
+        return f"{where}: {key}: unknown key{nearest(location[-1], _keys(location[:-1]), count=1)}"
     if mistake["type"] == "missing":
         return f"{where}: {key}: missing"
     message = mistake["msg"].removeprefix("Value error, ")

@@ -1,0 +1,35 @@
+"""The package's own shape: what `import volsal` costs.  Who may import whom is import-linter's, in pyproject.toml."""
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = {"napari", "qtpy", "vispy", "matplotlib", "monai", "dask", "pydicom", "SimpleITK"}
+
+
+def loaded_after(code):
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys; print(*sys.modules)"], capture_output=True, text=True, check=True
+    )
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import volsal; volsal.Explainer, volsal.GradCAM, volsal.resample, volsal.read_scan",
+        "import volsal.batch",
+        "import volsal.viewer.layers, volsal.report.figures",
+    ],
+)
+def test_the_core_loads_no_viewer_and_no_monai(code):
+    assert not loaded_after(code) & HEAVY
+
+
+def test_the_command_line_answers_without_torch():
+    assert not loaded_after("import volsal.cli") & (HEAVY | {"torch", "nibabel"})
+
+
+def test_that_check_would_notice():
+    assert "sqlite3" in loaded_after("import sqlite3")

@@ -1,0 +1,76 @@
+import pytest
+
+from volsal.config import ConfigError, load_config
+
+GOOD = """
+model:
+  factory: torch.nn:Conv3d
+  arguments: {in_channels: 1, out_channels: 2, kernel_size: 1, eps: 1e-3}
+  classes: [no, yes]
+preprocess:
+  - Orientation: {axcodes: RAS}
+  - NormalizeIntensity
+methods:
+  - grad-cam: {layer: layer3}
+  - guided-backprop
+targets: [predicted-class, 1]
+scans: {folder: scans}
+output: out
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    def write(text):
+        path = tmp_path / "c.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_reads_what_is_meant(config, tmp_path):
+    read = load_config(config(GOOD))
+    assert read.model.arguments["eps"] == 1e-3  # YAML 1.1 would make it text
+    assert read.model.classes == ["no", "yes"]  # and these false and true
+    assert read.methods == [{"grad-cam": {"layer": "layer3"}}, "guided-backprop"]
+    assert read.targets == ["predicted-class", 1]
+    assert read.folder == tmp_path
+
+
+def test_a_function_for_preprocessing(config):
+    assert load_config(config("model: {factory: a:b}\npreprocess: {function: f.py:g}")).preprocess.function == "f.py:g"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (GOOD.replace("classes", "clases"), "c.yaml:5: model.clases: unknown key; did you mean 'classes'?"),
+        (GOOD.replace("methods:", "method:"), "c.yaml:9: method: unknown key; did you mean 'methods'?"),
+        (GOOD.replace("scans: {folder", "scans: {foldr"), "c.yaml:13: scans.foldr: unknown key; did you mean 'folder'?"),
+        (GOOD.replace("  factory: torch.nn:Conv3d\n", ""), "c.yaml:2: model: give either 'factory' or 'file'"),
+        (GOOD + "threads: none\n", "c.yaml:15: threads: input should be a valid integer"),
+        (GOOD + "targets: [1]\n", "c.yaml:15: targets: given twice (first in line 12)"),
+        (GOOD.replace("targets: [predicted-class, 1]", "targets: []"), "c.yaml:12: targets: list should have at least 1 item"),
+        (GOOD.replace("model:", "model"), "not valid YAML"),
+        ("", "a config is a mapping with the keys model, preprocess"),
+        ("preprocess: []", "c.yaml: model: missing"),
+        ("model: {factory: a:b}\npreprocess: {functoin: x}", "c.yaml:2: preprocess.functoin: unknown key; did you mean 'function'"),
+    ],
+)
+def test_names_file_line_key_and_the_nearest_valid_key(config, text, says):
+    with pytest.raises(ConfigError) as raised:
+        load_config(config(text))
+    assert says in str(raised.value)
+
+
+def test_all_mistakes_are_told_at_once(config):
+    text = GOOD.replace("classes", "clases").replace("output", "outpt")
+    with pytest.raises(ConfigError) as raised:
+        load_config(config(text))
+    assert len(str(raised.value).splitlines()) == 2
+
+
+def test_a_missing_file_is_told(tmp_path):
+    with pytest.raises(ConfigError, match="no such config file"):
+        load_config(tmp_path / "none.yaml")

@@ -1,0 +1,225 @@
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import volsal
+from volsal import ClassLogit, Explainer, GradCAM, HiResCAM, read_scan
+from volsal.attribution import LayerError, ModelError, TargetError
+from volsal.explain import CASE_FILE, UnknownMethodError
+from volsal.grid import Grid
+from volsal.resampling import resample
+from volsal.scans.write import WriteError
+
+
+class BlobNet(nn.Module):
+    """Class 1 grows with what lies above 380; its feature map is that, averaged over cells of 2 x 2 x 2 voxels."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Conv3d(1, 1, 1)
+        self.gate.weight.data.fill_(1 / 100)
+        self.gate.bias.data.fill_(-3.8)
+        self.features = nn.Sequential(nn.ReLU(), nn.AvgPool3d(2))
+        self.head = nn.Linear(1, 2)
+        self.head.weight.data = torch.tensor([[0.0], [40.0]])
+        self.head.bias.data.zero_()
+
+    def forward(self, x):
+        return self.head(self.features(self.gate(x)).mean((2, 3, 4)))
+
+
+@pytest.fixture
+def model():
+    return BlobNet()
+
+
+def peak(scan):
+    return scan.grid.world(np.unravel_index(scan.array.argmax(), scan.array.shape))
+
+
+def test_the_map_lies_on_the_scan_and_its_peak_on_the_blob(scan_file, model):
+    explanation = Explainer(model, None, ["grad-cam", "input-gradient"], ["class-1"])(scan_file())
+    scan = explanation.scan
+    for heatmap in explanation.maps:
+        assert heatmap.values.shape == scan.grid.shape
+        assert heatmap.values.dtype == np.float32
+        assert heatmap.status == "ok"
+    assert np.linalg.norm(np.array(explanation.map("grad-cam").peak_mm) - peak(scan)) <= np.linalg.norm(scan.grid.spacing)
+    assert explanation.prediction.index == 1
+    assert explanation.map("grad-cam").layer == "features"
+
+
+def test_the_values_are_raw_and_those_of_the_method(scan_file, model):
+    scan = read_scan(scan_file())
+    heatmap = Explainer(model, None, GradCAM("features"), ClassLogit(1))(scan).maps[0]
+    raw = GradCAM("features")(model, torch.from_numpy(scan.array)[None, None], ClassLogit(1))[0, 0]
+    np.testing.assert_array_equal(heatmap.raw, raw.numpy())
+    np.testing.assert_allclose(heatmap.values, resample(raw, scan.grid.coarse(raw.shape), scan.grid), rtol=1e-6)
+
+
+def test_the_same_anatomy_gets_the_same_map_whatever_its_storage_order(scan_file, model):
+    path = scan_file()
+    image = nib.load(path)
+    turned = nib.as_closest_canonical(image)
+    nib.save(turned, path.with_name("turned.nii.gz"))
+    transforms = pytest.importorskip("monai.transforms")
+    steps = [transforms.Spacing((2.0, 2.0, 2.0)), transforms.SpatialPad((40, 30, 36))]
+    explainer = Explainer(model, steps, "grad-cam", 1)
+    one, other = explainer(path), explainer(path.with_name("turned.nii.gz"))
+    carried = resample(one.maps[0].values, one.scan.grid, other.scan.grid)
+    # Cells are anchored at opposite corners, so the maps agree to within what half a cell changes.
+    assert np.corrcoef(carried.ravel(), other.maps[0].values.ravel())[0, 1] > 0.98
+
+
+def test_save_writes_overlays_and_a_record_that_agree(scan_file, model, tmp_path):
+    explanation = Explainer(model, None, ["grad-cam", "hires-cam"], ["predicted-class", 0], ["healthy", "lesion"])(
+        scan_file("Sub 01.nii.gz")
+    )
+    home = explanation.save(tmp_path / "out")
+    assert home == tmp_path / "out" / "sub-01"
+    record = json.loads((home / CASE_FILE).read_text())
+    assert {p.name for p in home.iterdir()} == {CASE_FILE, *(entry["file"] for entry in record["maps"])}
+    assert record["prediction"]["class_name"] == "lesion"
+    assert [entry["file"] for entry in record["maps"]][0] == "sub-01_grad-cam_predicted-class.nii.gz"
+    for entry, heatmap in zip(record["maps"], explanation.maps, strict=True):
+        image = nib.load(home / entry["file"])
+        np.testing.assert_array_equal(np.asanyarray(image.dataobj), heatmap.values)
+        np.testing.assert_array_equal(image.affine, nib.load(explanation.scan.path).affine)
+        assert float(image.header["cal_max"]) == pytest.approx(entry["window"][1])
+        assert entry["unit"] == "logit per layer cell"
+    assert record["provenance"]["model"]["weights_sha256"] == volsal.models.weights_digest(model)
+    assert record["provenance"]["versions"]["torch"] == torch.__version__
+
+
+def test_saving_again_leaves_no_map_of_the_earlier_result(scan_file, model, tmp_path):
+    path = scan_file()
+    Explainer(model, None, ["grad-cam", "hires-cam"])(path).save(tmp_path)
+    home = Explainer(model, None, "grad-cam", 1)(path).save(tmp_path)
+    assert sorted(p.name for p in home.iterdir()) == ["case.json", "scan_grad-cam_class-1.nii.gz"]
+
+
+def test_a_write_that_fails_leaves_no_record(scan_file, model, tmp_path, monkeypatch):
+    explanation = Explainer(model, None, ["grad-cam", "hires-cam"])(scan_file())
+    explanation.save(tmp_path / "out")
+    calls = []
+
+    def fail(path, *rest):
+        calls.append(path)
+        raise WriteError("no space left")
+
+    monkeypatch.setattr("volsal.explain.write_map", fail)
+    with pytest.raises(WriteError):
+        explanation.save(tmp_path / "out")
+    assert calls
+    assert not (tmp_path / "out" / "scan" / CASE_FILE).exists()
+
+
+def test_no_positive_evidence_is_empty_and_looks_it(scan_file, model, tmp_path):
+    model.head.weight.data[1] = -40.0
+    explanation = Explainer(model, None, ["grad-cam", "hires-cam"], 1)(scan_file())
+    for heatmap in explanation.maps:
+        assert heatmap.status == "empty"
+        assert heatmap.peak_mm is None
+        assert heatmap.window[0] == 0
+        assert heatmap.window[1] > 0
+        assert heatmap.values.max() <= heatmap.window[0]
+    assert explanation.map("hires-cam").values.min() < 0  # stored raw
+    explanation.save(tmp_path)
+
+
+def test_one_value_everywhere_has_no_peak(scan_file):
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv3d(1, 1, 1)
+            self.conv.weight.data.fill_(0.0)
+            self.conv.bias.data.fill_(1.0)
+
+        def forward(self, x):
+            return self.conv(x).sum((2, 3, 4)).repeat(1, 2)
+
+    heatmap = Explainer(Flat(), None, "grad-cam", 1)(scan_file()).maps[0]
+    assert (heatmap.status, heatmap.peak_mm) == ("constant", None)
+
+
+def test_outside_the_models_field_of_view_the_map_is_zero(scan_file, model):
+    transforms = pytest.importorskip("monai.transforms")
+    crop = transforms.SpatialCrop(roi_start=(2, 2, 2), roi_end=(22, 24, 18))
+    values = Explainer(model, [crop], HiResCAM("gate"), 0)(scan_file()).maps[0].values
+    model.head.weight.data[0] = 1.0
+    values = Explainer(model, [crop], HiResCAM("gate"), 0)(scan_file()).maps[0].values
+    assert (values[2:22, 2:24, 2:18] != 0).any()
+    outside = np.ones(values.shape, bool)
+    outside[2:22, 2:24, 2:18] = False
+    assert (values[outside] == 0).all()
+
+
+def test_channels_of_the_input_are_summed_on_the_way_home(scan_file):
+    class Two(nn.Module):
+        def forward(self, x):
+            return torch.relu(x).mean((2, 3, 4)).sum(1, keepdim=True) * torch.tensor([[1.0, 3.0]])
+
+    scan = read_scan(scan_file())
+    both = np.stack([scan.array, scan.array])
+    explainer = Explainer(Two(), lambda path: (both, scan.grid.affine), "input-gradient", 1)
+    values = explainer(scan.path).maps[0].values
+    np.testing.assert_allclose(values, np.full(values.shape, 2 * 3 / values.size), rtol=1e-5)
+
+
+def test_a_model_that_gives_probabilities_is_remarked_on(scan_file, model):
+    class Softmax(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return self.inner(x).softmax(1)
+
+    assert "explain the logits" in Explainer(Softmax(model), None, "grad-cam")(scan_file()).notes[0]
+    assert Explainer(model, None, "grad-cam")(scan_file()).notes == ()
+
+
+def test_a_model_that_answers_differently_each_time_is_refused(scan_file):
+    class Noisy(BlobNet):
+        def forward(self, x):
+            return super().forward(x) + self.calls()
+
+        def calls(self, count=[0]):  # noqa: B006 - the point is that it remembers
+            count[0] += 1
+            return count[0]
+
+    with pytest.raises(ModelError, match="not deterministic: the same input scored"):
+        Explainer(Noisy(), None, ["grad-cam", "input-gradient"], 1)(scan_file())
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "says"),
+    [
+        ({"methods": "grad-camm"}, UnknownMethodError, "unknown method 'grad-camm'; did you mean 'grad-cam'"),
+        ({"methods": []}, ValueError, "methods must be given"),
+        ({"methods": ["grad-cam", "grad-cam"]}, ValueError, "each once"),
+        ({"targets": "clas-1"}, TargetError, "did you mean 'class-0'"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused_before_any_scan(model, settings, error, says):
+    with pytest.raises(error, match=says):
+        Explainer(model, None, **settings)
+
+
+def test_a_layer_or_class_that_is_not_there_is_refused(scan_file, model):
+    with pytest.raises(LayerError, match="no layer 'feature'; did you mean 'features'"):
+        Explainer(model, None, GradCAM("feature"))(scan_file())
+    with pytest.raises(TargetError, match="class 2 asked for, but the model has 2 classes, 0 to 1"):
+        Explainer(model, None, "grad-cam", 2)(scan_file())
+
+
+def test_a_grid_is_part_of_the_public_api():
+    assert volsal.Grid is Grid
+    assert volsal.resample is resample
+    assert "Explainer" in dir(volsal)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = volsal.nothing
