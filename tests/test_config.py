@@ -47,15 +47,24 @@ def test_a_function_for_preprocessing(config):
     [
         (GOOD.replace("classes", "clases"), "c.yaml:5: model.clases: unknown key; did you mean 'classes'?"),
         (GOOD.replace("methods:", "method:"), "c.yaml:9: method: unknown key; did you mean 'methods'?"),
-        (GOOD.replace("scans: {folder", "scans: {foldr"), "c.yaml:13: scans.foldr: unknown key; did you mean 'folder'?"),
+        (
+            GOOD.replace("scans: {folder", "scans: {foldr"),
+            "c.yaml:13: scans.foldr: unknown key; did you mean 'folder'?",
+        ),
         (GOOD.replace("  factory: torch.nn:Conv3d\n", ""), "c.yaml:2: model: give either 'factory' or 'file'"),
         (GOOD + "threads: none\n", "c.yaml:15: threads: input should be a valid integer"),
         (GOOD + "targets: [1]\n", "c.yaml:15: targets: given twice (first in line 12)"),
-        (GOOD.replace("targets: [predicted-class, 1]", "targets: []"), "c.yaml:12: targets: list should have at least 1 item"),
+        (
+            GOOD.replace("targets: [predicted-class, 1]", "targets: []"),
+            "c.yaml:12: targets: list should have at least 1 item",
+        ),
         (GOOD.replace("model:", "model"), "not valid YAML"),
         ("", "a config is a mapping with the keys model, preprocess"),
         ("preprocess: []", "c.yaml: model: missing"),
-        ("model: {factory: a:b}\npreprocess: {functoin: x}", "c.yaml:2: preprocess.functoin: unknown key; did you mean 'function'"),
+        (
+            "model: {factory: a:b}\npreprocess: {functoin: x}",
+            "c.yaml:2: preprocess.functoin: unknown key; did you mean 'function'",
+        ),
     ],
 )
 def test_names_file_line_key_and_the_nearest_valid_key(config, text, says):

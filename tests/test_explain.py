@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import volsal
-from volsal import ClassLogit, Explainer, GradCAM, HiResCAM, read_scan
+from volsal import ClassLogit, Explainer, GradCAM, Heatmap, HiResCAM, read_scan
 from volsal.attribution import LayerError, ModelError, TargetError
 from volsal.explain import CASE_FILE, UnknownMethodError
 from volsal.grid import Grid
@@ -48,7 +48,9 @@ def test_the_map_lies_on_the_scan_and_its_peak_on_the_blob(scan_file, model):
         assert heatmap.values.shape == scan.grid.shape
         assert heatmap.values.dtype == np.float32
         assert heatmap.status == "ok"
-    assert np.linalg.norm(np.array(explanation.map("grad-cam").peak_mm) - peak(scan)) <= np.linalg.norm(scan.grid.spacing)
+    assert np.linalg.norm(np.array(explanation.map("grad-cam").peak_mm) - peak(scan)) <= np.linalg.norm(
+        scan.grid.spacing
+    )
     assert explanation.prediction.index == 1
     assert explanation.map("grad-cam").layer == "features"
 
@@ -84,7 +86,7 @@ def test_save_writes_overlays_and_a_record_that_agree(scan_file, model, tmp_path
     record = json.loads((home / CASE_FILE).read_text())
     assert {p.name for p in home.iterdir()} == {CASE_FILE, *(entry["file"] for entry in record["maps"])}
     assert record["prediction"]["class_name"] == "lesion"
-    assert [entry["file"] for entry in record["maps"]][0] == "sub-01_grad-cam_predicted-class.nii.gz"
+    assert record["maps"][0]["file"] == "sub-01_grad-cam_predicted-class.nii.gz"
     for entry, heatmap in zip(record["maps"], explanation.maps, strict=True):
         image = nib.load(home / entry["file"])
         np.testing.assert_array_equal(np.asanyarray(image.dataobj), heatmap.values)
@@ -144,6 +146,27 @@ def test_one_value_everywhere_has_no_peak(scan_file):
 
     heatmap = Explainer(Flat(), None, "grad-cam", 1)(scan_file()).maps[0]
     assert (heatmap.status, heatmap.peak_mm) == ("constant", None)
+
+
+def heatmap_of(values):
+    grid = Grid(values.shape, np.diag([2.0, 3.0, 4.0, 1.0]))
+    return Heatmap("m", "t", "t", None, "u", True, values, values, grid, grid)
+
+
+def test_a_plateaus_peak_is_its_middle_and_of_two_the_wider_counts():
+    values = np.zeros((9, 8, 7), np.float32)
+    values[2:5, 3, 1:3] = 5.0
+    values[7, 7, 6] = 5.0
+    expected = (3 * 2.0, 3 * 3.0, 1.5 * 4.0)
+    assert heatmap_of(values).peak_mm == pytest.approx(expected)
+    flipped = heatmap_of(values[::-1].copy())
+    assert flipped.peak_mm == pytest.approx((5 * 2.0, *expected[1:]))  # 8 - 3
+
+
+def test_a_single_largest_voxel_is_the_peak():
+    values = np.random.default_rng(0).uniform(0, 1, (5, 6, 7)).astype(np.float32)
+    values[1, 2, 3] = 2
+    assert heatmap_of(values).peak_mm == (2.0, 6.0, 12.0)
 
 
 def test_outside_the_models_field_of_view_the_map_is_zero(scan_file, model):

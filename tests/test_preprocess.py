@@ -176,4 +176,9 @@ def test_a_wrong_step_in_a_config_is_told_before_any_scan(entry, says):
 
 def test_a_step_that_fails_names_itself_and_the_scan(scan):
     with pytest.raises(PreprocessError, match=r"scan\.nii\.gz: preprocessing step 2, Resize, fails"):
-        MonaiSteps.from_config([{"SpatialCrop": {"roi_start": [0, 0, 0], "roi_end": [2, 2, 2]}}, {"Resize": {"spatial_size": [4, 4, 4], "mode": "nonsense"}}])(scan)
+        MonaiSteps.from_config(
+            [
+                {"SpatialCrop": {"roi_start": [0, 0, 0], "roi_end": [2, 2, 2]}},
+                {"Resize": {"spatial_size": [4, 4, 4], "mode": "nonsense"}},
+            ]
+        )(scan)

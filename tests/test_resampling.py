@@ -55,7 +55,9 @@ def test_both_ways_of_computing_give_the_same(oblique):
     shifted[:3, 3] = oblique.world((-2.2, -1.3, -3.1))  # reaches beyond the source on one side
     target = Grid((23, 17, 19), shifted @ np.diag([0.4, 0.6, 0.7, 1]))
     composed = target.to(oblique)
-    torch.testing.assert_close(_along_axes(values, composed, target.shape), _through_affine(values, composed, target.shape))
+    torch.testing.assert_close(
+        _along_axes(values, composed, target.shape), _through_affine(values, composed, target.shape)
+    )
 
 
 @pytest.mark.parametrize("size", [(7, 9, 11), (21, 18, 44), (13, 20, 30)])

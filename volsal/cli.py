@@ -39,7 +39,8 @@ app = typer.Typer(
         "New here? Run [bold]volsal demo[/bold]: it needs no data of yours."
     ),
 )
-out = Console(highlight=False, soft_wrap=True)
+# Where no one watches, a line may be as long as it needs to be: names and numbers are not cut.
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 ConfigOption = Annotated[
@@ -82,7 +83,7 @@ def _explained(command: Callable[..., None]) -> Callable[..., None]:
     def wrapped(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
-        except (typer.Exit, typer.Abort):
+        except (typer.Exit, typer.Abort, typer.BadParameter):
             raise
         except KeyboardInterrupt:
             say("interrupted; what is done is kept", err)
@@ -96,13 +97,14 @@ def _explained(command: Callable[..., None]) -> Callable[..., None]:
 def _fail(error: Exception) -> NoReturn:
     from volsal.errors import VolsalError
     from volsal.preprocess import PreprocessError
-    from volsal.scans import ScanError
+    from volsal.scans import MissingScanError, ScanError
 
     if _debug():
         err.print(traceback.format_exc(), markup=False)
     if isinstance(error, VolsalError):
         say(f"volsal: {error}", err)
-        raise typer.Exit(SOME_FAILED if isinstance(error, (ScanError, PreprocessError)) else NO_SENSE)
+        of_scan = isinstance(error, (ScanError, PreprocessError)) and not isinstance(error, MissingScanError)
+        raise typer.Exit(SOME_FAILED if of_scan else NO_SENSE)
     say(f"volsal: unexpected {type(error).__name__}: {error} (run again with --debug and report what it prints)", err)
     raise typer.Exit(SOME_FAILED)
 
@@ -147,9 +149,6 @@ def explain(
     from volsal.scans.write import require_writable
 
     settings = _load(load_config(config))
-    if not scan.exists():
-        say(f"volsal: {scan}: no such file", err)
-        raise typer.Exit(NO_SENSE)
     section = settings.scans
     read = read_scan(
         scan,

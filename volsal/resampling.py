@@ -22,7 +22,7 @@ _ALIGNED_VOXELS = 1e-3
 def resample(values: Tensor, source: Grid, target: Grid) -> Tensor: ...
 @overload
 def resample(values: NDArray, source: Grid, target: Grid) -> NDArray: ...
-def resample(values, source: Grid, target: Grid):
+def resample(values: Tensor | NDArray, source: Grid, target: Grid) -> Tensor | NDArray:
     """Trilinear interpolation of ``values`` at the voxel centres of ``target``.
 
     Parameters
@@ -129,5 +129,5 @@ def _through_affine(volume: Tensor, composed: NDArray[np.float64], shape: tuple[
             np.eye(3).ravel().tolist(),
             0.0,
         )
-        out[start : start + count] = torch.from_numpy(sitk.GetArrayViewFromImage(slab).copy()).to(out.device)
+        out[start : start + count] = torch.from_numpy(sitk.GetArrayFromImage(slab)).to(out.device)
     return out

@@ -11,6 +11,7 @@ what is allocated before the call.
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import random
 import statistics
@@ -42,7 +43,8 @@ def contenders(model: nn.Module, layer: str, volume: Tensor) -> dict[str, Callab
     from monai.visualize import GradCAM as MonaiGradCAM
 
     module = dict(model.named_modules())[layer]
-    monai = MonaiGradCAM(nn_module=model, target_layers=layer)  # leaves its hooks on the model: it runs last
+    # MONAI's object leaves its hooks on the model for good, so it gets one of its own.
+    monai = MonaiGradCAM(nn_module=copy.deepcopy(model), target_layers=layer)
     return {
         "forward": torch.no_grad()(lambda: model(volume)),
         "volsal": lambda: GradCAM(layer)(model, volume, ClassLogit(3)),

@@ -80,14 +80,23 @@ MODEL = "models/model.json"
     ("change", "says"),
     [
         (edit(MODEL, b"torch.ops.aten.relu_.default", b"torch.hub.load"), "calls torch.hub.load"),
-        (edit(MODEL, b"torch.ops.aten.relu_.default", b"torch.ops.aten.from_file.default"), "calls torch.ops.aten.from_file"),
+        (
+            edit(MODEL, b"torch.ops.aten.relu_.default", b"torch.ops.aten.from_file.default"),
+            "calls torch.ops.aten.from_file",
+        ),
         (edit(MODEL, b"torch.ops.aten.relu_.default", b"_operator.attrgetter"), "calls _operator.attrgetter"),
         (edit(MODEL, b"Symbol('", b"open('"), "holds code where sizes belong"),
-        (edit(MODEL, b'"guards_code": []', b'"guards_code": ["__import__(\'os\').getcwd()"]'), "holds code where sizes belong"),
+        (
+            edit(MODEL, b'"guards_code": []', b'"guards_code": ["__import__(\'os\').getcwd()"]'),
+            "holds code where sizes belong",
+        ),
         (adding(data__aotinductor__model__x_dot_so=b"\x7fELF"), "holds compiled machine code"),
         (adding(data__constants__opaque_obj_0=pickle.dumps(3)), "holds a pickled object"),
         (adding(data__constants__custom_obj_0=b"x"), "holds a pickled object"),
-        (edit("archive_format", b"pt2", b"pt2") and (lambda n, c: None if n == "archive_format" else c), "not a current exported"),
+        (
+            edit("archive_format", b"pt2", b"pt2") and (lambda n, c: None if n == "archive_format" else c),
+            "not a current exported",
+        ),
     ],
 )
 def test_an_archive_that_could_act_is_refused(archive, tmp_path, change, says):

@@ -84,7 +84,11 @@ def refusals(tmp_path, factory, trained):
     (tmp_path / "page.safetensors").write_text("<html>")
     return [
         (build, saved("a.pt", renamed), "2 missing (4.weight, 4.bias); 2 not in the model (head.weight, head.bias)"),
-        (build, saved("b.pt", state | {"0.bias": torch.zeros(3)}), "1 of another shape (0.bias (file (3,), model (4,)))"),
+        (
+            build,
+            saved("b.pt", state | {"0.bias": torch.zeros(3)}),
+            "1 of another shape (0.bias (file (3,), model (4,)))",
+        ),
         (build, saved("c.pt", poisoned), "1 of 4 values of '0.bias' are NaN"),
         (build, saved("d.pt", {"epoch": 3}), "holds a dict with keys epoch, not a state dict"),
         (build, saved("e.pt", trained), "holds more than tensors (GLOBAL torch.nn.modules.container.Sequential"),
@@ -142,7 +146,13 @@ def test_torchscript_is_refused(tmp_path, factory):
 
 
 def test_half_precision_weights_fill_a_float32_model(factory, trained, tmp_path):
-    save_file({name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in trained.state_dict().items()}, tmp_path / "w.safetensors")
+    save_file(
+        {
+            name: tensor.half() if tensor.is_floating_point() else tensor
+            for name, tensor in trained.state_dict().items()
+        },
+        tmp_path / "w.safetensors",
+    )
     model = load_model(f"{factory}:build", weights=tmp_path / "w.safetensors")
     assert next(model.parameters()).dtype == torch.float32
     assert equal(model, trained)

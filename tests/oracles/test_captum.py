@@ -51,7 +51,8 @@ def test_grad_cam_is_captums(name, layer, batch, dtype):
     module = dict(model.named_modules())[layer]
     maps = GradCAM(layer)(model, x, [ClassLogit(index) for index in range(3)])
     expected = [
-        attr.LayerGradCam(model, module).attribute(x, target=index, relu_attributions=True).detach() for index in range(3)
+        attr.LayerGradCam(model, module).attribute(x, target=index, relu_attributions=True).detach()
+        for index in range(3)
     ]
     top = max(float(e.max()) for e in expected)
     assert top > 0

@@ -146,7 +146,10 @@ DAMAGE = {
     "crc.nii.gz": (lambda p: p.write_bytes(p.read_bytes()[:-8] + bytes(4) + p.read_bytes()[-4:]), "CRC check failed"),
     "offset.nii": (lambda p: rewrite(p, lambda c: poke(c, 108, "<f4", 0)), "vox_offset 0 points into the header"),
     "metres.nii": (lambda p: rewrite(p, lambda c: poke(c, 123, "u1", 1)), "its unit of length is metre"),
-    "bomb.nii": (lambda p: rewrite(p, lambda c: poke(c, 42, "<i2", 32767, 32767, 32767)), "more than the file can hold"),
+    "bomb.nii": (
+        lambda p: rewrite(p, lambda c: poke(c, 42, "<i2", 32767, 32767, 32767)),
+        "more than the file can hold",
+    ),
     "rgb.nii": (lambda p: rewrite(p, lambda c: poke(c, 70, "<i2", 128, 24)), "voxels of type RGB"),
     "complex.nii": (lambda p: rewrite(p, lambda c: poke(c, 70, "<i2", 32, 64)), "voxels of type complex64"),
     "unknown.nii": (lambda p: rewrite(p, lambda c: poke(c, 70, "<i2", 9999)), "the NIfTI header makes no sense"),
@@ -180,7 +183,7 @@ def test_half_a_pair_names_the_other_half(scan_file, tmp_path):
     lone = tmp_path / "lone" / "x.hdr"
     lone.parent.mkdir()
     shutil.copy(path, lone)
-    with pytest.raises(ScanError, match="its other half, x.img, is missing"):
+    with pytest.raises(ScanError, match=r"its other half, x\.img, is missing"):
         read_scan(lone)
 
 

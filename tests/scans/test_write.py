@@ -1,4 +1,3 @@
-import os
 import stat
 
 import nibabel as nib
@@ -71,11 +70,16 @@ def test_the_same_map_is_the_same_file(tmp_path, oblique):
 def test_a_block_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "result.txt"
     path.write_text("old")
-    with pytest.raises(RuntimeError), replacing(path) as temporary:
-        temporary.write_text("half of the n")
-        raise RuntimeError
+
+    def break_off():
+        with replacing(path) as temporary:
+            temporary.write_text("half of the n")
+            raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        break_off()
     assert path.read_text() == "old"
-    assert os.listdir(tmp_path) == ["result.txt"]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_new_file_has_the_rights_that_any_new_file_gets(tmp_path):
@@ -91,7 +95,7 @@ def test_what_was_read_back_wrong_is_not_kept(tmp_path, oblique, monkeypatch):
     monkeypatch.setattr(nib.Nifti1Image, "to_stream", lambda self, file: _write_other(self, file))
     with pytest.raises(WriteError, match="not the ones written"):
         write_map(tmp_path / "m.nii.gz", scan.array, map_header(scan, "x", "y", (0.0, 1.0)))
-    assert os.listdir(tmp_path) == []
+    assert not list(tmp_path.iterdir())
 
 
 def _write_other(image, file, original=nib.Nifti1Image.to_stream):
@@ -103,4 +107,4 @@ def test_a_place_that_cannot_be_written_is_told(tmp_path):
     with pytest.raises(WriteError, match="cannot write there"):
         require_writable(tmp_path / "file" / "out")
     require_writable(tmp_path / "new")
-    assert os.listdir(tmp_path / "new") == []
+    assert not list((tmp_path / "new").iterdir())

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from volsal.attribution.method import Attribution, Method, detached, scores_of
-from volsal.attribution.tap import forward, gradients, plain, undisturbed
+from volsal.attribution.tap import copied_on_write, forward, gradients, plain, undisturbed
 from volsal.attribution.targets import Target
 
 
@@ -29,7 +29,7 @@ class InputGradient(Method):
         """The gradient of each target's score; errors as for :meth:`volsal.GradCAM.attribute`."""
         with undisturbed(model):
             leaf = plain(volume).requires_grad_(True)
-            output = forward(model, leaf.clone())  # a model that works in place writes into the clone
+            output = forward(model, copied_on_write(leaf))
             scores = scores_of(targets, output, len(volume))
             maps = gradients(scores, leaf, "the input")
         return Attribution(maps, [s.detach() for s in scores], detached(output))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from volsal.attribution.cam import GradCAM
 from volsal.attribution.method import Attribution, Method, detached, scores_of
 from volsal.attribution.rules import GuidedRule
-from volsal.attribution.tap import forward, gradients, plain, undisturbed
+from volsal.attribution.tap import copied_on_write, forward, gradients, plain, undisturbed
 from volsal.attribution.targets import Target
 
 _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
@@ -41,7 +41,7 @@ class GuidedBackprop(Method):
         with undisturbed(model):
             leaf = plain(volume).requires_grad_(True)
             with GuidedRule() as rule:
-                output = forward(model, leaf.clone())  # a model that works in place writes into the clone
+                output = forward(model, copied_on_write(leaf))
             scores = scores_of(targets, output, len(volume))
             rule.require_complete(scores)
             maps = gradients(scores, leaf, "the input")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
-from volsal.attribution.tap import LayerError, forward, plain, undisturbed
+from volsal.attribution.tap import LayerError, copied_on_write, forward, plain, undisturbed
 
 _log = logging.getLogger("volsal")
 
@@ -112,7 +112,7 @@ def _observe(model: nn.Module, volume: Tensor) -> list[tuple[Layer, Any]]:
             for name, module in model.named_modules():
                 if name:
                     hooks.append(module.register_forward_hook(watch(name)))
-            output = forward(model, leaf.clone())
+            output = forward(model, copied_on_write(leaf))
         finally:
             for handle in hooks:
                 handle.remove()

@@ -55,7 +55,15 @@ def plain(volume: Tensor) -> Tensor:
     if not isinstance(volume, Tensor) or volume.ndim < 3:
         found = tuple(volume.shape) if isinstance(volume, Tensor) else type(volume).__name__
         raise ModelError(f"a model input is a tensor (B, C, *spatial), with at least one spatial axis; got {found}")
-    return volume.detach().as_subclass(Tensor).clone()
+    return copied_on_write(volume.detach().as_subclass(Tensor))
+
+
+def copied_on_write(tensor: Tensor) -> Tensor:
+    """A differentiable clone whose bytes are copied only if the model writes into it, which few models do."""
+    try:
+        return torch._lazy_clone(tensor)
+    except RuntimeError:  # memory that torch does not own, such as an array's, cannot be shared so
+        return tensor.clone()
 
 
 def forward(model: nn.Module, volume: Tensor) -> Any:

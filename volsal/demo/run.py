@@ -41,7 +41,7 @@ def run_demo(folder: Path, train: bool, say: Say, watch: Callable[[Run], Iterabl
     """
     clock = time.monotonic()
     require_writable(folder)
-    say("A real head MRI (shipped with nibabel), lesions planted at known places, in eight different storage geometries.")
+    say("A real head MRI (shipped with nibabel) with lesions planted at known places, stored in eight different ways.")
     scans = write_cohort(folder / "scans")
     weights = _trained(folder, say) if train else Path(str(files("volsal.demo") / "weights.safetensors"))
     config = folder / "demo.yaml"
@@ -144,8 +144,8 @@ def _report(cases: list[_Case]) -> Iterable[str]:
         f"({cases[0].entry('grad-cam')['layer']}) {cell:.0f} mm."
     )
     yield (
-        "Scans without a lesion have no truth to miss.  Their maps are faint on the scale that the picture gives all scans "
-        "of a column; each stretched to its own maximum, they would look just as sure."
+        "Scans without a lesion have no truth to miss.  Their maps are faint on the scale that the picture gives all "
+        "scans of a column; each stretched to its own maximum, they would look just as sure."
     )
 
 
@@ -157,7 +157,8 @@ def _montage(cases: list[_Case], path: Path) -> None:
     rows = []
     for case in cases:
         maps = [
-            (method, read_scan(case.folder / case.entry(method)["file"]).array, (0.0, top[method])) for method in METHODS
+            (method, read_scan(case.folder / case.entry(method)["file"]).array, (0.0, top[method]))
+            for method in METHODS
         ]
         stored = f"{case.truth['orientation']}, {case.record['prediction']['class_name']}"
         rows.append(Row(case.outcome.case, read_scan(case.outcome.scan), maps, case.truth["center_mm"], stored))

@@ -108,9 +108,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         except SafetensorError as error:
             raise ModelError(f"{path}: not a sound safetensors file ({error}); fetch it again") from error
     if _is_torchscript(path):
-        raise ModelError(
-            f"{path}: a TorchScript archive, which is a program and has no usable hooks; {_WAY}"
-        )
+        raise ModelError(f"{path}: a TorchScript archive, which is a program and has no usable hooks; {_WAY}")
     if not _is_checkpoint(path):
         raise ModelError(f"{path}: not a sound weights file (neither a zip archive nor a pickle); fetch it again")
     try:

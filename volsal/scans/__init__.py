@@ -1,5 +1,5 @@
 """Scans on disk: reading them, finding them, and writing maps on their own voxels."""
 
-from volsal.scans.scan import Scan, ScanError, read_scan
+from volsal.scans.scan import MissingScanError, Scan, ScanError, read_scan
 
-__all__ = ["Scan", "ScanError", "read_scan"]
+__all__ = ["MissingScanError", "Scan", "ScanError", "read_scan"]

@@ -19,6 +19,10 @@ class ScanError(VolsalError, ValueError):
     """A scan cannot be read, or what it holds cannot be explained without guessing."""
 
 
+class MissingScanError(ScanError):
+    """There is no file of that name."""
+
+
 @dataclass(frozen=True, eq=False)
 class Scan:
     """One patient volume as acquired, with its place in the world.
@@ -121,7 +125,7 @@ def _require_regular_file(path: Path) -> None:
             raise ScanError(f"{path}: a folder, not a scan; give one file, or use `volsal run` for many")
         if not path.exists():
             dangling = " (a link whose target is gone)" if path.is_symlink() else ""
-            raise ScanError(f"{path}: no such file{dangling}")
+            raise MissingScanError(f"{path}: no such file{dangling}")
         if not path.is_file():
             raise ScanError(f"{path}: not a regular file (a device, a pipe or a socket)")
         if path.stat().st_size == 0:

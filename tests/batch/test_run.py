@@ -1,0 +1,204 @@
+import csv
+import json
+import time
+
+import numpy as np
+import pytest
+import yaml
+
+from volsal.batch import Run
+from volsal.config import ConfigError, load_config
+from volsal.errors import VolsalError
+from volsal.scans.write import WriteError
+
+NET = """
+import torch
+from torch import nn
+
+def build(scale=1.0):
+    torch.manual_seed(0)
+    head = nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, 2)
+    net = nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), nn.ReLU(), nn.AvgPool3d(2), *head)
+    net[0].weight.data *= scale
+    return net
+"""
+
+
+@pytest.fixture
+def config(tmp_path, scan_file):
+    """A function that writes a config over three sound scans and returns its path; keywords replace sections."""
+    (tmp_path / "net.py").write_text(NET)
+    for name in ("a.nii.gz", "sub/b.nii.gz", "sub/c.nii.gz"):
+        scan_file(f"scans/{name}", shape=(12, 14, 10))
+
+    def write(**sections):
+        content = {
+            "model": {"factory": "net.py:build"},
+            "preprocess": ["ScaleIntensity"],
+            "methods": ["grad-cam", "guided-backprop"],
+            "targets": ["class-1"],
+            "scans": {"folder": "scans"},
+            "output": "out",
+        }
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(content | sections))
+        return path
+
+    return write
+
+
+def execute(path):
+    run = Run(load_config(path))
+    return run, list(run.execute())
+
+
+def test_every_scan_gets_a_case_folder(config, tmp_path):
+    _, outcomes = execute(config())
+    assert [(o.case, o.status) for o in outcomes] == [("a", "done"), ("sub-b", "done"), ("sub-c", "done")]
+    for outcome in outcomes:
+        names = sorted(p.name for p in (tmp_path / "out" / outcome.case).iterdir())
+        stem = outcome.case
+        assert names == sorted(
+            ["case.json", f"{stem}_grad-cam_class-1.nii.gz", f"{stem}_guided-backprop_class-1.nii.gz"]
+        )
+    content = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert content["cases"] == 3
+    assert content["config"]["model"]["factory"] == "net.py:build"
+
+
+def test_a_bad_scan_costs_no_other_and_its_reason_is_kept(config, tmp_path):
+    (tmp_path / "scans" / "bad.nii.gz").write_text("hello " * 200)
+    (tmp_path / "scans" / "sub" / "empty.nii").write_bytes(b"")
+    run, outcomes = execute(config())
+    status = {o.case: o.status for o in outcomes}
+    assert status == {"a": "done", "bad": "failed", "sub-b": "done", "sub-c": "done", "sub-empty": "failed"}
+    bad = next(o for o in outcomes if o.case == "bad")
+    assert "not a NIfTI file" in bad.error
+    assert "Traceback" in bad.trace
+    assert not (tmp_path / "out" / "bad").exists()
+    rows = list(csv.DictReader(run.write_table(outcomes).read_text().splitlines()))
+    assert len(rows) == 3 * 2 + 2
+    assert {row["case"] for row in rows if row["status"] == "failed"} == {"bad", "sub-empty"}
+    assert [row["peak_x_mm"] != "" for row in rows if row["case"] == "a"] == [True, True]
+
+
+def test_a_second_run_keeps_what_still_holds(config, tmp_path):
+    execute(config())
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.nii.gz")}
+    _, outcomes = execute(config())
+    assert [o.status for o in outcomes] == ["kept"] * 3
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.nii.gz")}
+
+
+CHANGES = {
+    "weights": {"model": {"factory": "net.py:build", "arguments": {"scale": 2.0}}},
+    "target": {"targets": ["class-0"]},
+    "method": {"methods": ["grad-cam"]},
+    "layer": {"methods": [{"grad-cam": {"layer": "1"}}, "guided-backprop"]},
+    "preprocess": {"preprocess": ["NormalizeIntensity"]},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_case_is_done_again_when_what_made_it_changes(config, tmp_path, change):
+    execute(config())
+    _, outcomes = execute(config(**CHANGES[change]))
+    assert [o.status for o in outcomes] == ["done"] * 3
+
+
+def test_only_the_case_whose_scan_or_result_changed_is_done_again(config, tmp_path, scan_file):
+    execute(config())
+    scan_file("scans/a.nii.gz", shape=(12, 14, 11))
+    next((tmp_path / "out" / "sub-c").glob("*guided*")).unlink()
+    _, outcomes = execute(config())
+    assert [o.status for o in outcomes] == ["done", "kept", "done"]
+
+
+def test_changed_preprocessing_code_counts(config, tmp_path):
+    code = (
+        "import nibabel\n"
+        "def prepare(path):\n"
+        "    image = nibabel.load(path)\n"
+        "    return image.get_fdata()[None] * {}, image.affine\n"
+    )
+    (tmp_path / "prepare.py").write_text(code.format(1.0))
+    path = config(preprocess={"function": "prepare.py:prepare"})
+    execute(path)
+    (tmp_path / "prepare.py").write_text(code.format(2.0))
+    _, outcomes = execute(path)
+    assert [o.status for o in outcomes] == ["done"] * 3
+
+
+def test_a_disk_that_fails_stops_the_run_and_loses_nothing(config, tmp_path, monkeypatch):
+    import volsal.explain
+
+    real, calls = volsal.explain.write_map, []
+
+    def full(path, *rest):
+        calls.append(path)
+        if len(calls) > 3:
+            raise WriteError(f"{path}: could not be written: No space left on device")
+        real(path, *rest)
+
+    monkeypatch.setattr("volsal.explain.write_map", full)
+    with pytest.raises(WriteError, match="No space left"):
+        execute(config())
+    assert (tmp_path / "out" / "a" / "case.json").exists()
+    assert not (tmp_path / "out" / "sub-b" / "case.json").exists()
+    monkeypatch.setattr("volsal.explain.write_map", real)
+    _, outcomes = execute(config())
+    assert [o.status for o in outcomes] == ["kept", "done", "done"]
+
+
+@pytest.mark.parametrize(
+    ("sections", "says"),
+    [
+        ({"scans": None}, "scans: missing"),
+        ({"output": None}, "output: missing"),
+        ({"scans": {"folder": "nowhere"}}, "nowhere is not a folder"),
+        ({"scans": {"folder": "scans", "pattern": "*T1*"}}, r"no \*T1\* below"),
+    ],
+)
+def test_a_config_that_names_nothing_to_do_is_an_error(config, sections, says):
+    with pytest.raises(ConfigError, match=says):
+        Run(load_config(config(**sections)))
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"methods": ["grad-camm"]},
+        {"targets": ["nonsense"]},
+        {"model": {"factory": "net.py:biuld"}},
+        {"preprocess": ["Orientatoin"]},
+        {"methods": [{"grad-cam": {"layr": "1"}}]},
+        {"model": {"factory": "net.py:build", "weights": "gone.pt"}},
+        {"output": "net.py/out"},
+    ],
+)
+def test_what_is_wrong_for_every_scan_is_said_before_the_first(config, sections):
+    with pytest.raises(VolsalError):
+        next(Run(load_config(config(**sections))).execute())
+
+
+def test_cells_that_a_spreadsheet_would_run_are_quoted(config, tmp_path, scan_file):
+    run, outcomes = execute(config())
+    from dataclasses import replace
+
+    bad = replace(outcomes[0], status="failed", error="=HYPERLINK(1)\nsecond line", record=None)
+    rows = list(csv.DictReader(run.write_table([bad]).read_text().splitlines()))
+    assert rows[0]["error"] == "'=HYPERLINK(1) second line"
+
+
+def test_results_among_the_inputs_are_not_explained_again(config, tmp_path):
+    path = config(output="scans/out")
+    execute(path)
+    _, outcomes = execute(path)
+    assert [o.case for o in outcomes] == ["a", "sub-b", "sub-c"]
+
+
+def test_time_is_counted(config):
+    start = time.monotonic()
+    _, outcomes = execute(config())
+    assert 0 < sum(o.seconds for o in outcomes) <= time.monotonic() - start
+    assert np.isfinite(outcomes[0].seconds)
