@@ -163,6 +163,13 @@ def test_a_plateaus_peak_is_its_middle_and_of_two_the_wider_counts():
     assert flipped.peak_mm == pytest.approx((5 * 2.0, *expected[1:]))  # 8 - 3
 
 
+def test_a_plateau_that_is_almost_as_high_is_not_the_peak():
+    values = np.zeros((9, 8, 7), np.float32)
+    values[2:5, 3, 1:3] = 4.999
+    values[7, 7, 6] = 5.0
+    assert heatmap_of(values).peak_mm == (14.0, 21.0, 24.0)
+
+
 def test_a_single_largest_voxel_is_the_peak():
     values = np.random.default_rng(0).uniform(0, 1, (5, 6, 7)).astype(np.float32)
     values[1, 2, 3] = 2

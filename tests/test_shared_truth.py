@@ -80,7 +80,9 @@ def test_guided_backprop_hits_the_evidence_of_trained_models(shared, arch, task,
             mask = nib.load(truth / task / entry["mask"])
             inside = nib.affines.apply_affine(mask.affine, np.argwhere(np.asanyarray(mask.dataobj) == value))
             peak = np.array(explanation.maps[0].peak_mm)
-            found.append((np.linalg.norm(inside - peak, axis=1).min() < 0.5, np.linalg.norm(inside.mean(0) - peak)))
+            voxel = tuple(np.rint(explanation.scan.grid.voxel(peak)).astype(int))
+            hit = np.asanyarray(mask.dataobj)[voxel] == value
+            found.append((hit, np.linalg.norm(inside.mean(0) - peak)))
     assert len(found) >= 10
     hit, distance = np.array(found).T
     assert hit.mean() >= hits

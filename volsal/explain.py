@@ -97,12 +97,12 @@ class Heatmap:
         """World position, RAS+ mm, of the largest value; None unless :attr:`status` is ``ok``.
 
         A map may have a plateau on top (clamped at the rim of a coarse layer, or truly flat).  Its first voxel would
-        depend on the file's storage order, so the middle of the plateau, within 0.1 % of the maximum, is taken; of
-        several plateaus the widest.
+        depend on the file's storage order, so the middle of the plateau, within 0.1 % of the maximum, is taken; where
+        several plateaus reach the maximum itself, that of the widest.
         """
         if self.status != "ok":
             return None
-        x, y, z = (float(mm) for mm in self.grid.world(_middle(self.values >= 0.999 * self.values.max())))
+        x, y, z = (float(mm) for mm in self.grid.world(_summit(self.values)))
         return x, y, z
 
     def file_name(self, case: str) -> str:
@@ -360,18 +360,20 @@ class Explainer:
         return Prediction(logits, index, self.classes[index] if index < len(self.classes) else None)
 
 
-def _middle(chosen: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """The centre, in voxels, of the largest connected group of True."""
-    voxels = np.argwhere(chosen)
+def _summit(values: NDArray[np.float32]) -> NDArray[np.float64]:
+    """The centre, in voxels, of the connected group of near-maximal voxels that reaches the maximum."""
+    top = values.max()
+    voxels = np.argwhere(values >= 0.999 * top)
     if len(voxels) == 1:
         return voxels[0].astype(float)
     import SimpleITK as sitk
 
     corner = voxels.min(axis=0)
-    box = chosen[tuple(slice(low, high + 1) for low, high in zip(corner, voxels.max(axis=0), strict=True))]
-    groups = sitk.ConnectedComponent(sitk.GetImageFromArray(box.astype(np.uint8)), True)
-    largest = sitk.GetArrayFromImage(sitk.RelabelComponent(groups)) == 1
-    return np.argwhere(largest).mean(axis=0) + corner
+    box = values[tuple(slice(low, high + 1) for low, high in zip(corner, voxels.max(axis=0), strict=True))]
+    near = sitk.GetImageFromArray((box >= 0.999 * top).astype(np.uint8))
+    groups = sitk.GetArrayFromImage(sitk.RelabelComponent(sitk.ConnectedComponent(near, True)))
+    widest = groups[box == top].min()  # relabelled by size, the largest is 1
+    return np.argwhere(groups == widest).mean(axis=0) + corner
 
 
 def _listed(value: Any) -> list[Any]:

@@ -22,10 +22,14 @@ import numpy as np
 KINDS = {"lesion": 1, "side": 1, "corner": 3}
 
 
-def evidence(task: Path, case: str, value: int) -> np.ndarray:
-    """World positions (N, 3) mm of the mask voxels of one kind."""
-    image = nib.load(task / "masks" / f"{case}_truth.nii.gz")
-    return nib.affines.apply_affine(image.affine, np.argwhere(np.asanyarray(image.dataobj) == value))
+def measure(image: nib.Nifti1Image, value: int, peak: np.ndarray) -> tuple[bool, float, float]:
+    """Whether the peak (mm) lies in the mask, its distance to the nearest mask voxel and to the mask's centroid."""
+    mask = np.asanyarray(image.dataobj) == value
+    points = nib.affines.apply_affine(image.affine, np.argwhere(mask))
+    voxel = np.rint(nib.affines.apply_affine(np.linalg.inv(image.affine), peak)).astype(int)
+    hit = bool(mask[tuple(voxel)])
+    near = 0.0 if hit else float(np.linalg.norm(points - peak, axis=1).min())
+    return hit, near, float(np.linalg.norm(points.mean(0) - peak))
 
 
 def main() -> None:
@@ -35,29 +39,28 @@ def main() -> None:
     arguments = parser.parse_args()
     truth = json.loads((arguments.task / "truth.json").read_text())
     entries = {entry["id"]: entry for entry in truth["scans"]}
-    found: dict[tuple[str, str, str], list[tuple[float, float]]] = defaultdict(list)
+    found: dict[tuple[str, str, str], list[tuple[bool, float, float]]] = defaultdict(list)
     used = 0
     for record in sorted(arguments.run.glob("*/case.json")):
         content = json.loads(record.read_text())
         entry = entries[content["case"]]
-        points = evidence(arguments.task, content["case"], KINDS[arguments.task.name])
+        value = KINDS[arguments.task.name]
+        image = nib.load(arguments.task / "masks" / f"{content['case']}_truth.nii.gz")
         wants_evidence = entry["label"] == 1 or arguments.task.name == "side"
-        if not wants_evidence or not len(points) or content["prediction"]["class"] != entry["label"]:
+        holds_evidence = bool((np.asanyarray(image.dataobj) == value).any())
+        if not (wants_evidence and holds_evidence) or content["prediction"]["class"] != entry["label"]:
             continue
         used += 1
         for one in content["maps"]:
             if one["peak_mm"] is not None:
-                peak = np.array(one["peak_mm"])
-                near = float(np.linalg.norm(points - peak, axis=1).min())
-                centre = float(np.linalg.norm(points.mean(0) - peak))
-                found[one["method"], one["target"], one["layer"] or "input"].append((near, centre))
+                key = one["method"], one["target"], one["layer"] or "input"
+                found[key].append(measure(image, value, np.array(one["peak_mm"])))
     print(f"{used} scans with evidence, predicted right\n")
     print(f"{'method':<17}{'target':<17}{'layer':<10}{'hit':>6}  {'mm to mask: mean, median':<26}mm to centroid")
     for (method, target, layer), pairs in sorted(found.items()):
-        near, centre = np.array(pairs).T
-        hit = float((near < 0.5).mean())
+        hits, near, centre = np.array(pairs, dtype=float).T
         print(
-            f"{method:<17}{target:<17}{layer:<10}{hit:>6.2f}  {near.mean():>8.1f}{np.median(near):>8.1f}"
+            f"{method:<17}{target:<17}{layer:<10}{hits.mean():>6.2f}  {near.mean():>8.1f}{np.median(near):>8.1f}"
             f"{'':<10}{centre.mean():>8.1f}{np.median(centre):>8.1f}"
         )
 
