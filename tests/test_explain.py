@@ -148,9 +148,9 @@ def test_one_value_everywhere_has_no_peak(scan_file):
     assert (heatmap.status, heatmap.peak_mm) == ("constant", None)
 
 
-def heatmap_of(values):
+def heatmap_of(values, layer=None):
     grid = Grid(values.shape, np.diag([2.0, 3.0, 4.0, 1.0]))
-    return Heatmap("m", "t", "t", None, "u", True, values, values, grid, grid)
+    return Heatmap("m", "t", "t", layer, "u", True, values, values, grid, grid)
 
 
 def test_a_plateaus_peak_is_its_middle_and_of_two_the_wider_counts():
@@ -168,6 +168,13 @@ def test_a_plateau_that_is_almost_as_high_is_not_the_peak():
     values[2:5, 3, 1:3] = 4.999
     values[7, 7, 6] = 5.0
     assert heatmap_of(values).peak_mm == (14.0, 21.0, 24.0)
+
+
+def test_the_display_range_ends_at_the_maximum_of_a_layers_map_and_below_a_gradients_outliers():
+    values = np.random.default_rng(0).uniform(-1, 1, (20, 20, 20)).astype(np.float32)
+    values[1, 2, 3] = 50
+    assert heatmap_of(values).window == (0.0, pytest.approx(float(np.percentile(values[values > 0], 99.9))))
+    assert heatmap_of(values, layer="conv").window == (0.0, 50.0)
 
 
 def test_a_single_largest_voxel_is_the_peak():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -189,12 +190,12 @@ def _report(explanation: Explanation, home: Path) -> None:
         )
     out.print(table)
     say(f"written to {home}")
-    shown = home / explanation.maps[0].file_name(explanation.case)
-    high = explanation.maps[0].window[1]
+    first = explanation.maps[0]
+    scan, shown = (shlex.quote(str(path)) for path in (explanation.scan, home / first.file_name(explanation.case)))
     say("look at it:")
-    say(f"  volsal view {home}")
-    say(f"  fsleyes {explanation.scan} {shown} -cm red-yellow -dr {high / 5:.3g} {high:.3g} -a 70")
-    say(f"  itksnap -g {explanation.scan} -o {shown}")
+    say(f"  volsal view {shlex.quote(str(home))}")
+    say(f"  fsleyes {scan} {shown} -cm red-yellow -dr {first.window[1] / 5:.3g} {first.window[1]:.3g} -a 70")
+    say(f"  itksnap -g {scan} -o {shown}")
 
 
 @app.command()

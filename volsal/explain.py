@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 CASE_FILE = "case.json"
 FORMAT = 1
+# Raised by whoever changes what a scan's result holds, so that a run makes anew what an earlier code made.
+RESULT_VERSION = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,12 +86,17 @@ class Heatmap:
 
     @cached_property
     def window(self) -> tuple[float, float]:
-        """The display range, from 0: to the 99.9th percentile of what is positive.
+        """The display range, from 0 to the maximum; for maps made on the input's voxels to the 99.9th percentile.
 
-        An empty map gets the range of its magnitude (or 1), so that everything in it lies at the invisible end.
+        The percentile, of what is positive, keeps a few outlying voxels of a gradient from dimming all others; a
+        layer's map is smooth and has none.  An empty map gets the range of its magnitude (or 1), so that everything in
+        it lies at the invisible end.
         """
         positive = self.values[self.values > 0]
-        top = float(np.percentile(positive, 99.9)) if positive.size else float(np.abs(self.values).max())
+        if not positive.size:
+            top = float(np.abs(self.values).max())
+        else:
+            top = float(positive.max() if self.layer else np.percentile(positive, 99.9))
         return 0.0, float(np.float32(top)) or 1.0
 
     @cached_property

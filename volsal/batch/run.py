@@ -16,10 +16,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from volsal import __version__
 from volsal.config import Config, ConfigError, FunctionSection
 from volsal.errors import VolsalError
-from volsal.explain import CASE_FILE, Explainer, environment
+from volsal.explain import CASE_FILE, RESULT_VERSION, Explainer, environment
 from volsal.scans import read_scan
 from volsal.scans.find import case_ids, find_scans
 from volsal.scans.scan import file_digest
@@ -125,7 +124,7 @@ class Run:
         function = config.preprocess.function if isinstance(config.preprocess, FunctionSection) else ""
         codes = [ref.rpartition(":")[0] for ref in (config.model.factory or "", function)]
         return {
-            "volsal": __version__,
+            "result_version": RESULT_VERSION,
             "weights": explainer.weights_sha256,
             "model": config.model.model_dump(exclude={"weights", "device"}),
             "preprocess": repr(config.preprocess),

@@ -153,7 +153,7 @@ def _montage(cases: list[_Case], path: Path) -> None:
     from volsal.report.figures import Row, montage
 
     # One scale for a method's whole column: a scan without evidence must not be stretched to look like one with it.
-    top = {method: max(case.entry(method)["window"][1] for case in cases) for method in METHODS}
+    top = {method: float(np.median([case.entry(method)["window"][1] for case in cases])) for method in METHODS}
     rows = []
     for case in cases:
         maps = [
