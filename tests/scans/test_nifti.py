@@ -158,6 +158,14 @@ DAMAGE = {
     "slice.nii": (lambda p: rewrite(p, lambda c: poke(c, 40, "<i2", 3, 24, 28, 1)), "a single slice"),
     "nan-form.nii": (lambda p: rewrite(p, lambda c: poke(c, 280, "<f4", np.nan)), "its sform is unusable.*NaN"),
     "singular.nii": (lambda p: rewrite(p, lambda c: poke(c, 280, "<f4", *[0] * 12)), "sform is unusable.*flattens"),
+    "pixdim.nii": (
+        lambda p: rewrite(p, lambda c: (poke(c, 254, "<i2", 0), poke(c, 84, "<f4", 0))),
+        "pixdim says voxels",
+    ),
+    "quaternion.nii": (
+        lambda p: rewrite(p, lambda c: (poke(c, 254, "<i2", 0), poke(c, 256, "<f4", 0.9, 0.9, 0.9))),
+        "quaternion is longer than 1",
+    ),
     "far.nii": (lambda p: rewrite(p, lambda c: poke(c, 280, "<f4", -1e3)), "expected between 0.001 and 100 mm"),
 }
 
@@ -176,6 +184,13 @@ def test_refuses_in_one_line_that_names_the_file(name, scan_file):
         read_scan(path)
     assert str(path) in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+def test_bytes_that_the_header_does_not_describe_are_told(scan_file, name):
+    path = scan_file(name)
+    rewrite(path, lambda c: c.extend(bytes(500)))
+    assert "500 bytes more than its header describes" in read_scan(path).notes[0]
 
 
 def test_half_a_pair_names_the_other_half(scan_file, tmp_path):

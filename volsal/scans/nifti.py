@@ -12,6 +12,7 @@ from typing import IO, Any, NoReturn, cast
 
 import nibabel as nib
 import numpy as np
+from nibabel.imageglobals import LoggingOutputSuppressor
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 from numpy.typing import NDArray
@@ -23,6 +24,7 @@ from volsal.scans.scan import Scan, ScanError, file_digest, files_of
 _FORMS_AGREE_MM = 0.1
 _SPACING_MM = (1e-3, 100.0)
 _UNITS = {0: "unknown", 1: "metre", 2: "mm", 3: "micron"}
+_HEADER_BYTES = 560  # the longer of the two versions, and its magic
 _GZIP = b"\x1f\x8b"
 
 
@@ -36,11 +38,11 @@ def sniff(path: Path) -> bool:
         if head == _GZIP:
             try:
                 with gzip.GzipFile(fileobj=file) as unzipped:
-                    start = unzipped.read(560)
+                    start = unzipped.read(_HEADER_BYTES)
             except (OSError, EOFError, zlib.error) as error:
                 raise ScanError(f"{path}: the gzip stream is damaged ({error}); fetch the file again") from error
         else:
-            start = file.read(560)
+            start = file.read(_HEADER_BYTES)
     return _image_class(start) is not None
 
 
@@ -71,16 +73,21 @@ def read(path: Path, volume: int | None = None, form: str | None = None) -> Scan
     if form not in (None, "sform", "qform"):
         raise ScanError(f"{path}: form is 'sform' or 'qform', not {form!r}")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), LoggingOutputSuppressor():
             warnings.simplefilter("error", RuntimeWarning)  # overflow while scaling is damage, not a remark
-            header, array, digest = _load(path, volume)
+            header, array, digest, left = _load(path, volume)
     except ScanError:
         raise
     except (OSError, EOFError, zlib.error) as error:
         raise ScanError(f"{path}: the file is cut short or damaged ({_first_line(error)}); fetch it again") from error
     except (HeaderDataError, WrapStructError, nib.filebasedimages.ImageFileError, ValueError, RuntimeWarning) as error:
-        raise ScanError(f"{path}: the NIfTI header makes no sense ({_first_line(error)})") from error
+        reason = _first_line(error)
+        if reason.startswith("w2 should be positive"):
+            reason = "the qform's quaternion is longer than 1, so it is no rotation"
+        raise ScanError(f"{path}: the NIfTI header makes no sense ({reason})") from error
     grid, used, notes = _place(path, header, array.shape, form)
+    if left:
+        notes.append(f"the file holds {left:,} bytes more than its header describes: is its size in the header right?")
     return Scan(array, grid, path, header, used, volume, digest, tuple(notes))
 
 
@@ -88,27 +95,38 @@ def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _load(path: Path, volume: int | None) -> tuple[Any, NDArray[np.float32], str]:
+def _load(path: Path, volume: int | None) -> tuple[Any, NDArray[np.float32], str, int]:
+    """Header as it stands in the file, voxels, digest, and how many bytes follow the voxels.
+
+    nibabel mends what it finds odd in the header it hands out; what counts here is what the file says.
+    """
     parts = files_of(path)
     digest = file_digest(path)
     if len(parts) == 2:
+        start = parts[0].read_bytes()[:_HEADER_BYTES]
         image = cast(Any, nib.load(parts[0]))
-        return image.header, _voxels(path, image, volume, parts[1].stat().st_size), digest
+        return _as_it_stands(image, start), _voxels(path, image, volume, parts[1].stat().st_size), digest, 0
     with path.open("rb") as raw:
         zipped = raw.read(2) == _GZIP
         raw.seek(0)
         stream: IO[bytes] = cast(IO[bytes], gzip.GzipFile(fileobj=raw)) if zipped else raw
-        image_class = _image_class(stream.read(560))
+        start = stream.read(_HEADER_BYTES)
         stream.seek(0)
-        image = cast(Any, image_class).from_stream(stream)
+        image = cast(Any, _image_class(start)).from_stream(stream)
         # Deflate never shrinks below about 1 : 1032, so this bounds what the file can hold before anything is
         # allocated for it.
         most = os.fstat(raw.fileno()).st_size * (1100 if zipped else 1)
         array = _voxels(path, image, volume, most)
-        if zipped:
-            while stream.read(1 << 20):  # the checksum stands at the end of the stream
-                pass
-    return image.header, array, digest
+        stream.seek(image.dataobj.offset + math.prod(image.shape) * image.get_data_dtype().itemsize)
+        left = 0
+        while chunk := stream.read(1 << 20):  # to the end: a gzip stream's checksum stands there
+            left += len(chunk)
+    return _as_it_stands(image, start), array, digest, left
+
+
+def _as_it_stands(image: Any, start: bytes) -> Any:
+    kind = type(image.header)
+    return kind(start[: kind.template_dtype.itemsize], check=False)
 
 
 def _voxels(path: Path, image: Any, volume: int | None, most_bytes: int) -> NDArray[np.float32]:
@@ -163,19 +181,8 @@ def _place(path: Path, header: Any, shape: tuple[int, ...], form: str | None) ->
         raise ScanError(
             f"{path}: its unit of length is {_UNITS.get(units, units)}, and volsal works in mm; convert the header"
         )
-    coded = [name for name in ("sform", "qform") if int(header[f"{name}_code"]) > 0]
-    if form and form not in coded:
-        raise ScanError(f"{path}: {form} asked for, but its code is 0, so the file does not state one")
-    grids: dict[str, Grid] = {}
-    for name in [form] if form else coded:
-        try:
-            affine = header.get_sform() if name == "sform" else header.get_qform()
-            grids[name] = Grid(shape, affine)
-        except (GridError, HeaderDataError, ValueError) as error:
-            if name == coded[0] or form:
-                raise ScanError(f"{path}: its {name} is unusable: {_first_line(error)}") from error
-            notes.append(f"the qform is unusable and was not used ({_first_line(error)})")
-    used = form or (coded[0] if coded else "none")
+    grids = _stated_grids(path, header, shape, form, notes)
+    used = next(iter(grids), "none")
     if used == "none":
         grids["none"] = Grid(shape, header.get_base_affine())
         notes.append("the file states no orientation (sform and qform code 0): left and right are a guess")
@@ -184,10 +191,36 @@ def _place(path: Path, header: Any, shape: tuple[int, ...], form: str | None) ->
     spacing = grids[used].spacing
     if spacing.min() < _SPACING_MM[0] or spacing.max() > _SPACING_MM[1]:
         _absurd(path, spacing)
-    pixdim = np.abs(np.asarray(header["pixdim"][1:4], dtype=float))
+    pixdim = np.asarray(header["pixdim"][1:4], dtype=float)
     if used != "qform" and not np.allclose(pixdim, spacing, rtol=0.01):
         notes.append(f"pixdim says {_mm(pixdim)}, the {used} in use {_mm(spacing)}: the {used} counts")
     return grids[used], used, notes
+
+
+def _stated_grids(
+    path: Path, header: Any, shape: tuple[int, ...], form: str | None, notes: list[str]
+) -> dict[str, Grid]:
+    """The grids of the forms that the file states, the one that counts first; only ``form`` where it is given."""
+    coded = [name for name in ("sform", "qform") if int(header[f"{name}_code"]) > 0]
+    if form and form not in coded:
+        raise ScanError(f"{path}: {form} asked for, but its code is 0, so the file does not state one")
+    wanted = [form] if form else coded
+    grids: dict[str, Grid] = {}
+    for name in wanted:
+        try:
+            grids[name] = Grid(shape, header.get_sform() if name == "sform" else _qform(header))
+        except (GridError, HeaderDataError, ValueError) as error:
+            if name == wanted[0]:
+                raise ScanError(f"{path}: its {name} is unusable: {_first_line(error)}") from error
+            notes.append(f"the qform is unusable and was not used ({_first_line(error)})")
+    return grids
+
+
+def _qform(header: Any) -> NDArray[np.float64]:
+    pixdim = np.asarray(header["pixdim"][1:4], dtype=float)
+    if not (pixdim > 0).all():
+        raise ValueError(f"pixdim says voxels of {_mm(pixdim)}")
+    return header.get_qform()
 
 
 def _compare(path: Path, sform: Grid, qform: Grid) -> list[str]:
