@@ -31,5 +31,10 @@ def test_the_command_line_answers_without_torch():
     assert not loaded_after("import volsal.cli") & (HEAVY | {"torch", "nibabel"})
 
 
+def test_the_demo_needs_no_test_package():
+    code = "import sys; sys.modules['pytest'] = None\nfrom volsal.demo.cohort import head; head()"
+    loaded_after(code)
+
+
 def test_that_check_would_notice():
     assert "sqlite3" in loaded_after("import sqlite3")

@@ -28,7 +28,7 @@ def test_the_head_is_where_nibabel_s_own_example_says_it_is():
 
 
 def test_a_nibabel_without_its_test_data_is_named_in_the_error(monkeypatch, tmp_path):
-    monkeypatch.setattr("nibabel.testing.data_path", tmp_path)
+    monkeypatch.setattr("volsal.demo.cohort.files", lambda package: tmp_path)
     with pytest.raises(VolsalError, match=r"example4d.*reinstall nibabel"):
         cohort.head()
 

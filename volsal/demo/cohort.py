@@ -11,6 +11,7 @@ import gzip
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from itertools import permutations, product
 from pathlib import Path
 from typing import Any, cast
@@ -94,9 +95,8 @@ def head() -> Scan:
     VolsalError
         Where this installation of nibabel came without its test data.
     """
-    from nibabel.testing import data_path
-
-    path = Path(str(data_path)) / "example4d.nii.gz"
+    # Not nibabel.testing.data_path: importing that needs pytest.
+    path = Path(str(files("nibabel"))) / "tests" / "data" / "example4d.nii.gz"
     if not path.is_file():
         raise VolsalError(
             f"{path}: not there, so this nibabel came without its test data; pip install --force-reinstall nibabel"
