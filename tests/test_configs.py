@@ -19,7 +19,7 @@ def repository(tmp_path_factory):
     """configs/ beside the scans that scripts/demo would have made, two of them."""
     folder = tmp_path_factory.mktemp("repository")
     shutil.copytree(CONFIGS, folder / "configs")
-    for path in sorted(write_cohort(folder / "demo-output" / "scans"))[2:]:
+    for path in sorted(write_cohort(folder / "volsal-demo" / "scans"))[2:]:
         if path.name.endswith(".nii.gz"):
             path.unlink()
     return folder

@@ -9,7 +9,7 @@ from torch import nn
 import volsal
 from volsal import ClassLogit, Explainer, GradCAM, Heatmap, HiResCAM, read_scan
 from volsal.attribution import LayerError, ModelError, TargetError
-from volsal.explain import CASE_FILE, UnknownMethodError
+from volsal.explain import CASE_FILE, SettingsError, UnknownMethodError
 from volsal.grid import Grid
 from volsal.resampling import resample
 from volsal.scans.write import WriteError
@@ -245,6 +245,59 @@ def test_a_model_that_answers_differently_each_time_is_refused(scan_file):
 def test_settings_that_make_no_sense_are_refused_before_any_scan(model, settings, error, says):
     with pytest.raises(error, match=says):
         Explainer(model, None, **settings)
+
+
+def test_dropout_that_evaluation_mode_leaves_on_is_refused(scan_file):
+    class Dropping(BlobNet):
+        def forward(self, x):
+            return super().forward(nn.functional.dropout(x, 0.5))
+
+    with pytest.raises(ModelError, match="not deterministic"):
+        Explainer(Dropping(), None, "grad-cam", 1)(scan_file())
+
+
+def test_the_result_of_another_scan_is_not_overwritten(scan_file, model, tmp_path):
+    explainer = Explainer(model, None, "grad-cam", 1)
+    explainer(scan_file("s1/t1.nii.gz")).save(tmp_path / "out")
+    other = explainer(scan_file("s2/t1.nii.gz", shape=(20, 22, 24)))
+    with pytest.raises(WriteError, match="already holds the result of another scan"):
+        other.save(tmp_path / "out")
+    assert (tmp_path / "out" / "t1" / CASE_FILE).exists()
+
+
+def test_a_damaged_record_is_replaced(scan_file, model, tmp_path):
+    explanation = Explainer(model, None, "grad-cam", 1)(scan_file())
+    home = explanation.save(tmp_path)
+    (home / CASE_FILE).write_text("{")
+    explanation.save(tmp_path)
+    assert json.loads((home / CASE_FILE).read_text())["case"] == "scan"
+
+
+def test_class_names_that_do_not_fit_the_model_are_refused(scan_file, model):
+    with pytest.raises(SettingsError, match="3 classes are named"):
+        Explainer(model, None, "grad-cam", 1, classes=["a", "b", "c"])(scan_file())
+    with pytest.raises(SettingsError, match="must differ"):
+        Explainer(model, None, "grad-cam", 1, classes=["a", "a"])
+
+
+def test_a_case_id_is_never_a_path(scan_file, model):
+    with pytest.raises(SettingsError, match="a case id is"):
+        Explainer(model, None, "grad-cam", 1)(scan_file(), case="../../x")
+
+
+def test_the_digest_follows_the_weights(model):
+    explainer = Explainer(model, None, "grad-cam")
+    before = explainer.weights_sha256
+    with torch.no_grad():
+        model.head.bias.add_(1)
+    assert explainer.weights_sha256 != before
+
+
+def test_autocast_around_it_changes_nothing(scan_file, model):
+    path = scan_file()
+    expected = Explainer(model, None, "grad-cam", 1)(path).maps[0].values
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        np.testing.assert_array_equal(Explainer(model, None, "grad-cam", 1)(path).maps[0].values, expected)
 
 
 def test_a_layer_or_class_that_is_not_there_is_refused(scan_file, model):

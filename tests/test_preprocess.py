@@ -121,6 +121,31 @@ def test_intensity_changes_are_not_taken_for_turns(scan, change):
     assert function(scan).grid.same_as(scan.grid)
 
 
+@pytest.mark.parametrize("flip", [0, 1, 2])
+def test_a_mirrored_head_is_caught_though_it_looks_much_the_same(shared, flip):
+    scan = read_scan(shared("scans/MNI152_T1_2mm.nii.gz"))
+    with pytest.raises(PreprocessError, match=f"mirrored along axis {flip}"):
+        as_preprocess(lambda path: (np.flip(scan.array, flip).copy()[None], scan.grid.affine))(scan)
+
+
+@pytest.mark.parametrize(
+    "steps", [[{"SpatialPad": {"spatial_size": [90, 90, 90]}}], ["SobelGradients"], ["HistogramNormalize"]]
+)
+def test_wide_padding_and_strong_filters_are_let_through(scan, steps):
+    assert MonaiSteps.from_config(steps)(scan).tensor.shape[0] == 1
+
+
+def test_the_identity_for_a_scan_that_has_another_affine_is_refused(scan):
+    with pytest.raises(PreprocessError, match="returned the identity as affine"):
+        as_preprocess(lambda path: (scan.array[None], np.eye(4)))(scan)
+
+
+def test_a_function_that_reads_the_file_itself_cannot_be_given_a_volume(scan_file):
+    stack = scan_file(array=np.stack([np.ones((6, 7, 8)), np.ones((6, 7, 8))], -1), shape=(6, 7, 8))
+    with pytest.raises(PreprocessError, match="volume 1 cannot be chosen"):
+        as_preprocess(lambda path: None)(read_scan(stack, volume=1))
+
+
 def test_an_affine_of_another_place_is_caught(scan):
     moved = scan.grid.affine.copy()
     moved[:3, 3] += 500

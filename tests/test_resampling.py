@@ -56,8 +56,28 @@ def test_both_ways_of_computing_give_the_same(oblique):
     target = Grid((23, 17, 19), shifted @ np.diag([0.4, 0.6, 0.7, 1]))
     composed = target.to(oblique)
     torch.testing.assert_close(
-        _along_axes(values, composed, target.shape), _through_affine(values, composed, target.shape)
+        _along_axes(values, composed, target.shape),
+        _through_affine(values, composed, target.shape),
+        atol=1e-6,
+        rtol=1e-6,
     )
+
+
+@pytest.mark.parametrize("shear", [0.0, 0.3])
+def test_a_voxel_on_the_outer_face_is_inside_on_every_path(shear):
+    source = Grid((4, 5, 6), np.eye(4))
+    affine = np.eye(4)
+    affine[0, 1] = shear
+    affine[2, 3] = 5.5  # the upper face of the last axis
+    values = resample(np.ones(source.shape), source, Grid((2, 3, 1), affine))
+    assert values.min() == pytest.approx(1.0)
+
+
+def test_autocast_around_it_changes_nothing(oblique):
+    values, target = torch.randn(oblique.shape), oblique.coarse((3, 4, 5))
+    expected = resample(values, oblique, target)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(resample(values, oblique, target), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("size", [(7, 9, 11), (21, 18, 44), (13, 20, 30)])

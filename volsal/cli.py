@@ -10,14 +10,16 @@ import os
 import shlex
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from volsal.batch import Outcome, Run
@@ -60,9 +62,10 @@ TargetOption = Annotated[
         "Repeat for several. Replaces the config's.",
     ),
 ]
-VolumeOption = Annotated[int | None, typer.Option(help="Which volume of a 4D file, counted from 0.")]
+VolumeOption = Annotated[int | None, typer.Option(min=0, help="Which volume of a 4D file, counted from 0.")]
 FormOption = Annotated[
-    str | None, typer.Option(help="sform or qform: which of a file's two geometries, where they disagree.")
+    Literal["sform", "qform"] | None,
+    typer.Option(help="sform or qform: which of a file's two geometries, where they disagree."),
 ]
 
 
@@ -70,6 +73,11 @@ def printable(text: object) -> str:
     """Text that cannot write anything but itself to a terminal: names of files may hold control characters."""
     safe = str(text).encode("utf-8", "backslashreplace").decode()
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in safe)
+
+
+def cell(text: object) -> Text:
+    """A table cell that shows ``text`` and reads no markup in it."""
+    return Text(printable(text).replace("\n", "\\n"))
 
 
 def say(text: object, console: Console = out, style: str | None = None) -> None:
@@ -96,14 +104,16 @@ def _explained(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _fail(error: Exception) -> NoReturn:
+    from volsal.config import ConfigError
     from volsal.errors import VolsalError
     from volsal.preprocess import PreprocessError
     from volsal.scans import MissingScanError, ScanError
 
     if _debug():
-        err.print(traceback.format_exc(), markup=False)
+        say(traceback.format_exc(), err)
     if isinstance(error, VolsalError):
-        say(f"volsal: {error}", err)
+        # Only a config can be wrong in several lines; a line break elsewhere comes from a file's name.
+        say(f"volsal: {error if isinstance(error, ConfigError) else cell(error)}", err)
         of_scan = isinstance(error, (ScanError, PreprocessError)) and not isinstance(error, MissingScanError)
         raise typer.Exit(SOME_FAILED if of_scan else NO_SENSE)
     say(f"volsal: unexpected {type(error).__name__}: {error} (run again with --debug and report what it prints)", err)
@@ -142,11 +152,15 @@ def explain(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("volsal-out"),
     volume: VolumeOption = None,
     form: FormOption = None,
+    case: Annotated[
+        str | None, typer.Option(help="Name of the result; made from the file's name if not given.")
+    ] = None,
 ) -> None:
     """Explain one scan: overlay volumes on its own voxels, and a JSON record beside them."""
     from volsal.config import load_config
     from volsal.explain import Explainer
     from volsal.scans import read_scan
+    from volsal.scans.find import case_id
     from volsal.scans.write import require_writable
 
     settings = _load(load_config(config))
@@ -158,7 +172,7 @@ def explain(
     )
     explainer = Explainer.from_config(settings, method, target)
     require_writable(output)
-    explanation = explainer(read)
+    explanation = explainer(read, case_id(Path(case)) if case else None)
     home = explanation.save(output)
     _report(explanation, home)
 
@@ -172,7 +186,7 @@ def _load(config: Config) -> Config:
 
 
 def _report(explanation: Explanation, home: Path) -> None:
-    say(f"{explanation.scan}: {explanation.prediction}")
+    say(cell(f"{explanation.scan}: {explanation.prediction}"))
     for note in explanation.notes:
         say(f"note: {note}", style="yellow")
     table = Table(
@@ -182,8 +196,8 @@ def _report(explanation: Explanation, home: Path) -> None:
         peak = heatmap.peak_mm
         table.add_row(
             heatmap.method,
-            printable(heatmap.target),
-            printable(heatmap.layer or "input"),
+            cell(heatmap.target),
+            cell(heatmap.layer or "input"),
             {"ok": "found", "empty": "none (empty map)", "constant": "no place (constant map)"}[heatmap.status],
             ", ".join(f"{mm:.1f}" for mm in peak) if peak else "-",
             f"0 to {heatmap.window[1]:.3g} {heatmap.unit}",
@@ -204,12 +218,16 @@ def run(
     config: Annotated[Path, typer.Argument(help="YAML file with model, preprocess, scans and output; see configs/.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Run folder. Replaces the config's.")] = None,
     method: MethodOption = None,
+    target: TargetOption = None,
 ) -> None:
-    """Explain every scan of a folder. Run it again to do what is missing; a bad scan does not stop the others."""
+    """Explain every scan of a folder. Run it again to do what is missing; a bad scan does not stop the others.
+
+    A case is done again when its scan, the model or a setting has changed, and its earlier maps are then replaced.
+    """
     from volsal.batch import Run
     from volsal.config import load_config
 
-    work = Run(_load(load_config(config)), output, method)
+    work = Run(_load(load_config(config)), output, method, target)
     say(f"{len(work.cases)} scans below {work.config.folder / work.scans.folder}; results go to {work.folder}")
     outcomes = list(_watched(work))
     table = work.write_table(outcomes)
@@ -249,11 +267,12 @@ def _summary(outcomes: list[Outcome], csv: Path) -> None:
     table = Table("method", "target", "maps", "with evidence", "empty", "constant", box=None, pad_edge=False)
     for pair in sorted({(entry["method"], entry["target"]) for entry in maps}):
         states = [entry["status"] for entry in maps if (entry["method"], entry["target"]) == pair]
-        table.add_row(
-            *map(printable, pair), str(len(states)), *(str(states.count(s)) for s in ("ok", "empty", "constant"))
-        )
+        table.add_row(*map(cell, pair), str(len(states)), *(str(states.count(s)) for s in ("ok", "empty", "constant")))
     if maps:
         out.print(table)
+    notes = Counter(note for outcome in outcomes if outcome.record for note in outcome.record["notes"])
+    for note, times in notes.most_common():
+        say(f"note, {times} x: {note}", style="yellow")
     count = {status: sum(o.status == status for o in outcomes) for status in ("done", "kept", "failed")}
     seconds = sum(outcome.seconds for outcome in outcomes if outcome.status == "done")
     each = f" ({seconds / count['done']:.1f} s each)" if count["done"] else ""
@@ -291,8 +310,8 @@ def layers(
         remark = f"runs {layer.calls} times" if layer.calls > 1 else remark
         table.add_row(
             "*" if layer.name == chosen else "",
-            printable(layer.name),
-            printable(layer.kind),
+            cell(layer.name),
+            cell(layer.kind),
             "x".join(map(str, layer.extent)),
             str(layer.shape[1]),
             "x".join(f"{step:.3g}" for step in layer.stride),
@@ -358,4 +377,7 @@ def main() -> None:
     if "--debug" in sys.argv:  # allowed before and after the command's name
         sys.argv.remove("--debug")
         os.environ["VOLSAL_DEBUG"] = "1"
-    app()
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)

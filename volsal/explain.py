@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -21,16 +22,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from volsal.attribution import METHODS, Attribution, LayerError, Method, ModelError, Target, parse_target, target_id
-from volsal.config import Config, FunctionSection
+from volsal.attribution.method import scores_of
+from volsal.attribution.tap import forward, plain, undisturbed
+from volsal.config import Config, ConfigError, FunctionSection
 from volsal.errors import VolsalError, nearest
 from volsal.grid import Grid
 from volsal.models import load_model, weights_digest
-from volsal.preprocess import ModelInput, MonaiSteps, PathFunction, Preprocess, as_preprocess
+from volsal.preprocess import ModelInput, MonaiSteps, PathFunction, Preprocess, PreprocessError, as_preprocess
 from volsal.references import resolve
 from volsal.resampling import resample
 from volsal.scans import Scan, read_scan
 from volsal.scans.find import case_id
-from volsal.scans.write import map_header, replacing, write_map
+from volsal.scans.write import WriteError, map_header, replacing, write_map
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -163,7 +166,7 @@ class Explanation:
         """
         home = Path(folder) / self.case
         record = home / CASE_FILE
-        _forget(home)
+        _forget(home, self.scan)
         files = []
         for heatmap in self.maps:
             name = heatmap.file_name(self.case)
@@ -240,7 +243,12 @@ class Explainer:
         self.targets = [t if callable(t) else parse_target(t, self.classes) for t in _listed(targets)]
         for what, ids in (("methods", [m.id for m in self.methods]), ("targets", [target_id(t) for t in self.targets])):
             if not ids or len(set(ids)) < len(ids):
-                raise ValueError(f"{what} must be given, each once; got {', '.join(ids) or 'none'}")
+                raise SettingsError(f"{what} must be given, each once; got {', '.join(ids) or 'none'}")
+
+        if len(set(self.classes)) < len(self.classes):
+            raise SettingsError(f"class names must differ; got {', '.join(self.classes)}")
+        self._known_to_repeat = False
+        self._digested: tuple[tuple, str] = ((), "")
 
     @classmethod
     def from_config(
@@ -254,18 +262,22 @@ class Explainer:
         try:
             model.to(section.device)
         except (RuntimeError, AssertionError) as error:
-            raise ModelError(f"{config.path}: model.device {section.device!r}: {str(error).splitlines()[0]}") from error
-        if isinstance(config.preprocess, FunctionSection):
-            preprocess: Preprocess = PathFunction(resolve(config.preprocess.function, config.folder))
-        else:
-            preprocess = MonaiSteps.from_config(config.preprocess)
+            reason = str(error).splitlines()[0]
+            raise ModelError(f"{config.path}: model.device {section.device!r}: {reason}; 'cpu' always works") from error
+        try:
+            preprocess = _configured_preprocess(config)
+        except PreprocessError as error:
+            raise ConfigError(f"{config.path}: preprocess: {error}") from error
         chosen = [_configured_method(entry) for entry in (methods or config.methods)]
         return cls(model, preprocess, chosen, list(targets or config.targets), section.classes)
 
-    @cached_property
+    @property
     def weights_sha256(self) -> str:
-        """Digest of the model's weights, part of every result's provenance."""
-        return weights_digest(self.model)
+        """Digest of the model's weights as they are now, part of every result's provenance."""
+        state = tuple((t.data_ptr(), t._version) for t in self.model.state_dict().values())
+        if state != self._digested[0]:
+            self._digested = state, weights_digest(self.model)
+        return self._digested[1]
 
     def __call__(
         self, scan: str | Path | Scan, case: str | None = None, volume: int | None = None, form: str | None = None
@@ -285,12 +297,16 @@ class Explainer:
             it; the target or layer does not fit; a method does not cover the model; a map is not finite.
         """
         started, clock = datetime.now(UTC), time.monotonic()
+        if case is not None and not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", case):
+            raise SettingsError(f"a case id is lower-case letters, digits, '.', '_' and '-', not {case!r}")
         if not isinstance(scan, Scan):
             scan = read_scan(scan, volume, form)
         model_input = self.preprocess(scan)
         tensor = self._to_model(model_input.tensor)
         answers = [(method, method.attribute(self.model, tensor, self.targets)) for method in self.methods]
         _require_repeatable(answers)
+        if not self._known_to_repeat:
+            self._require_deterministic(tensor, answers[0][1])
         maps = tuple(
             self._carry(method, answer, number, model_input, scan)
             for method, answer in answers
@@ -298,11 +314,11 @@ class Explainer:
         )
         output = answers[0][1].output
         return Explanation(
-            case or (case_id(scan.path) if scan.path else "scan"),
+            case or (case_id(Path(scan.path.name)) if scan.path else "scan"),
             scan,
             self._prediction(output),
             maps,
-            (*scan.notes, *_remarks(output)),
+            (*scan.notes, *_remarks(output), *_beyond(maps)),
             {
                 **environment(),
                 "model": {"class": type(self.model).__name__, "weights_sha256": self.weights_sha256},
@@ -357,14 +373,27 @@ class Explainer:
             dict(answer.coverage),
         )
 
+    def _require_deterministic(self, tensor: Tensor, answer: Attribution) -> None:
+        """Run the model once more, with other random numbers: dropout left on would make each map one of many."""
+        with undisturbed(self.model), torch.no_grad():
+            torch.manual_seed(1 + torch.initial_seed() % 2**31)
+            again = scores_of(self.targets, forward(self.model, plain(tensor)), len(tensor))
+        _require_equal(answer.scores, again, "run again")
+        self._known_to_repeat = True
+
     def _prediction(self, output: Any) -> Prediction:
         if not isinstance(output, Tensor) or output.ndim > 2:
             return Prediction((), None, None)
         logits = tuple(float(logit) for logit in output.flatten())
+        if self.classes and len(self.classes) != max(2, len(logits)):
+            raise SettingsError(
+                f"{len(self.classes)} classes are named ({', '.join(self.classes)}), but the model has {len(logits)} "
+                "outputs; name each output once, in order"
+            )
         if len(logits) < 2:
             return Prediction(logits, None, None)
         index = int(np.argmax(logits))
-        return Prediction(logits, index, self.classes[index] if index < len(self.classes) else None)
+        return Prediction(logits, index, self.classes[index] if self.classes else None)
 
 
 def _summit(values: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -410,20 +439,33 @@ def _configured_method(entry: str | Mapping[str, Mapping[str, Any] | None]) -> M
     return kind(**dict(settings or {}))
 
 
+def _configured_preprocess(config: Config) -> Preprocess:
+    if isinstance(config.preprocess, FunctionSection):
+        return PathFunction(resolve(config.preprocess.function, config.folder))
+    return MonaiSteps.from_config(config.preprocess)
+
+
+class SettingsError(VolsalError, ValueError):
+    """Settings that do not fit each other or the model."""
+
+
 class UnknownMethodError(VolsalError, LookupError):
     """No attribution method has that id."""
 
 
 def _require_repeatable(answers: list[tuple[Method, Attribution]]) -> None:
     """Each method ran the model once; the same scan must have got the same scores."""
-    first = answers[0][1].scores
     for method, answer in answers[1:]:
-        for ours, theirs in zip(first, answer.scores, strict=True):
-            if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4):
-                raise ModelError(
-                    f"the model is not deterministic: the same input scored {float(ours[0]):.6g} and then, for "
-                    f"{method.id}, {float(theirs[0]):.6g}; is there dropout or sampling that evaluation mode leaves on?"
-                )
+        _require_equal(answers[0][1].scores, answer.scores, f"for {method.id}")
+
+
+def _require_equal(first: list[Tensor], again: list[Tensor], when: str) -> None:
+    for ours, theirs in zip(first, again, strict=True):
+        if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4):
+            raise ModelError(
+                f"the model is not deterministic: the same input scored {float(ours[0]):.6g} and then, {when}, "
+                f"{float(theirs[0]):.6g}; is there dropout or sampling that evaluation mode leaves on?"
+            )
 
 
 def _remarks(output: Any) -> list[str]:
@@ -434,6 +476,14 @@ def _remarks(output: Any) -> list[str]:
     return [
         "the outputs sum to 1: probabilities, it seems; their gradients fade where the model is sure, so explain the "
         "logits if you can"
+    ]
+
+
+def _beyond(maps: Sequence[Heatmap]) -> list[str]:
+    return [
+        f"{heatmap.name}: positive evidence only outside the scan, in what preprocessing added around it"
+        for heatmap in maps
+        if heatmap.status == "empty" and float(heatmap.raw.max()) > 0
     ]
 
 
@@ -449,12 +499,22 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _forget(home: Path) -> None:
-    """Remove an earlier result of this case, its record first, so that no record ever stands over other maps."""
+def _forget(home: Path, scan: Scan) -> None:
+    """Remove an earlier result of this scan, its record first, so that no record ever stands over other maps."""
     record = home / CASE_FILE
-    if not record.is_file():
+    try:
+        content = json.loads(record.read_text(encoding="utf-8"))
+        before, names = content["scan"], [entry["file"] for entry in content["maps"]]
+    except FileNotFoundError:
         return
-    names = [entry["file"] for entry in json.loads(record.read_text())["maps"]]
+    except (ValueError, KeyError, TypeError):  # damaged: nothing in it can be relied on
+        before, names = _describe_scan(scan), []
+    now = _describe_scan(scan)
+    if before["sha256"] != now["sha256"] and before["path"] != now["path"]:
+        raise WriteError(
+            f"{home}: already holds the result of another scan, {before['path']}; give this one another case id "
+            "(--case) or another output folder"
+        )
     record.unlink()
     for name in names:
         (home / Path(name).name).unlink(missing_ok=True)

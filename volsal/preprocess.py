@@ -40,6 +40,8 @@ class ModelInput:
 Preprocess = Callable[[Scan], ModelInput]
 # Less of the model's input than this inside the scan means that the affine is not the scan's.
 _LEAST_OVERLAP = 0.05
+# By how much a turned input must fit better than the stated one.  A mirrored head correlates by 0.97 with itself.
+_TURNED = 0.01
 
 
 def as_preprocess(steps: Any) -> Preprocess:
@@ -79,6 +81,11 @@ class PathFunction:
 
     def __call__(self, scan: Scan) -> ModelInput:
         """The function's answer, checked against the scan."""
+        if scan.volume:
+            raise PreprocessError(
+                f"{scan}: {self!r} reads the file itself, so volume {scan.volume} cannot be chosen for it; save that "
+                "volume as a file of its own"
+            )
         if scan.path is None:
             raise PreprocessError(f"{self!r} reads a file, and this scan was made in memory; pass its path instead")
         try:
@@ -87,10 +94,19 @@ class PathFunction:
             raise PreprocessError(f"{scan}: {self!r} fails: {type(error).__name__}: {error}") from error
         if not isinstance(answer, (tuple, list)) or len(answer) != 2:
             raise PreprocessError(f"{self!r} must return (tensor, affine); it returned a {type(answer).__name__}")
-        tensor = torch.as_tensor(answer[0]).detach().as_subclass(Tensor)
+        try:
+            tensor = torch.as_tensor(answer[0]).detach().as_subclass(Tensor)
+            affine = np.asarray(answer[1], dtype=float)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise PreprocessError(f"{self!r} must return (tensor, affine) of numbers: {error}") from error
         if tensor.ndim == 5 and len(tensor) == 1:
             tensor = tensor[0]
-        return _placed(tensor, np.asarray(answer[1], dtype=float), scan, repr(self))
+        if np.array_equal(affine, np.eye(4)) and not np.array_equal(scan.grid.affine, np.eye(4)):
+            raise PreprocessError(
+                f"{scan}: {self!r} returned the identity as affine, but the scan's own is another; return the affine "
+                "of the tensor's voxels in RAS+ mm (for an untouched scan nibabel's image.affine)"
+            )
+        return _placed(tensor, affine, scan, repr(self))
 
 
 class MonaiSteps:
@@ -221,8 +237,9 @@ def _placed(tensor: Tensor, affine: NDArray[np.float64], scan: Scan, how: str) -
         grid = Grid(tensor.shape[1:], affine)
     except GridError as error:
         raise PreprocessError(f"{scan}: {how} gives no usable place for its result: {error}") from error
+    # Padding makes the first small and cropping the second; only a wrong place makes both.
     overlap = grid.overlap(scan.grid)
-    if overlap < _LEAST_OVERLAP:
+    if max(overlap, scan.grid.overlap(grid)) < _LEAST_OVERLAP:
         raise PreprocessError(
             f"{scan}: after {how}, only {overlap:.0%} of the model's input lies inside the scan, so its affine is not "
             f"the scan's ({grid}, centred at {_centre(grid)} mm; the scan at {_centre(scan.grid)} mm); a step lost or "
@@ -262,7 +279,7 @@ def _require_same_anatomy(tensor: Tensor, grid: Grid, scan: Scan, how: str) -> N
         for flips in itertools.combinations(range(3), count)
     ]
     best, (order, flips) = max((fit(*turn), turn) for turn in turns)
-    if best >= 0.5 and best - stated > 0.05:
+    if best >= 0.5 and best - stated > _TURNED:
         change = [f"mirrored along axis {axis}" for axis in flips]
         change += ["with its axes in the order " + " ".join(map(str, order))] if order != (0, 1, 2) else []
         raise PreprocessError(

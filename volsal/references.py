@@ -47,6 +47,7 @@ def _by_name(where: str, reference: str) -> ModuleType:
     try:
         return importlib.import_module(where)
     except ImportError as error:
+        # Raised for the module itself, or for one that it imports: the message says which.
         raise UnknownReferenceError(
             f"{reference}: {error}; is the package installed in this environment? (a file of your own is named "
             "path/to/file.py:name)"
@@ -66,9 +67,11 @@ def _from_file(path: Path) -> ModuleType:
         raise UnknownReferenceError(f"{path}: not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))  # so that the file finds its neighbours
     try:
         spec.loader.exec_module(module)
-    except BaseException:
+    except Exception as error:  # the file is anybody's code
         del sys.modules[name]
-        raise
+        raise UnknownReferenceError(f"{path}: cannot be imported: {type(error).__name__}: {error}") from error
     return module

@@ -52,7 +52,8 @@ def resample(values: Tensor | NDArray, source: Grid, target: Grid) -> Tensor | N
     working = tensor.detach().to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)
     composed = target.to(source)
     carry = _along_axes if _aligned(composed, target.shape) else _through_affine
-    volumes = [carry(volume, composed, target.shape) for volume in working.reshape(-1, *source.shape)]
+    with torch.autocast(tensor.device.type, enabled=False):
+        volumes = [carry(volume, composed, target.shape) for volume in working.reshape(-1, *source.shape)]
     carried = torch.stack(volumes) if len(volumes) != 1 else volumes[0][None]
     carried = carried.reshape(*tensor.shape[:-3], *target.shape).to(tensor.dtype)
     return carried if isinstance(values, Tensor) else carried.numpy()
@@ -109,8 +110,13 @@ def _through_affine(volume: Tensor, composed: NDArray[np.float64], shape: tuple[
     import SimpleITK as sitk
 
     image = sitk.GetImageFromArray(volume.cpu().numpy())  # SimpleITK counts axes from the last: (k, j, i)
+    # ITK's inside test is half open.  Drawn in by 1e-8 about the middle, voxels on the outer face count as inside, as
+    # they do in _weights, and nothing moves by more than a millionth of a voxel.
+    middle = (np.array(volume.shape) - 1) / 2
+    composed = composed.copy()
+    composed[:3] *= 1 - 1e-8
+    composed[:3, 3] += 1e-8 * middle
     backwards = composed[2::-1, 2::-1]
-    # ITK's inside test is half open, so a voxel on the outer face needs the same allowance as in _weights.
     out = volume.new_empty(shape)
     rows = max(1, _SLAB_BYTES // max(1, volume.element_size() * shape[1] * shape[2]))
     for start in range(0, shape[0], rows):

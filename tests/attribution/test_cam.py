@@ -74,6 +74,41 @@ def test_a_skip_connection_around_the_layer_does_not_enter_its_map(volume):
     assert_close(HiResCAM("inner")(Skip(), volume, ClassLogit(0)), 2 * volume / volume[0, 0].numel())
 
 
+class Aliased(nn.Module):
+    """What a layer wrote in place is read again under its other name."""
+
+    def __init__(self, layer):
+        super().__init__()
+        torch.manual_seed(1)
+        self.conv, self.more = nn.Conv3d(1, 3, 3, padding=1).double(), nn.Conv3d(3, 3, 3, padding=1).double()
+        self.layer = layer
+
+    def forward(self, x):
+        y = self.conv(x)
+        z = self.more(self.layer(y))
+        return (z + 2 * y).mean((2, 3, 4))
+
+
+@pytest.mark.parametrize("layer", [nn.ReLU(inplace=True), nn.Dropout(0.5), nn.Identity()])
+def test_a_layer_that_hands_its_input_on_keeps_all_its_paths(layer, volume):
+    net = Aliased(layer).eval()
+    hidden = net.conv(volume).detach()
+    leaf = (hidden.relu() if isinstance(layer, nn.ReLU) else hidden).clone().requires_grad_()
+    score = (net.more(leaf) + 2 * leaf).mean((2, 3, 4))[:, 1]
+    (gradient,) = torch.autograd.grad(score.sum(), leaf)
+    answer = HiResCAM("layer").attribute(net, volume, [ClassLogit(1)])
+    assert_close(answer.scores[0], net(volume)[:, 1].detach())
+    assert_close(answer.maps[0], (gradient * leaf).sum(1, keepdim=True).detach())
+
+
+def test_a_float16_model_keeps_gradients_that_float16_could_not_hold():
+    net = nn.Sequential(nn.Conv3d(1, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(2, 2))
+    x = torch.rand(1, 1, 40, 40, 40)
+    exact = GradCAM("1")(net, x, ClassLogit(0))
+    half = GradCAM("1")(net.half(), x.half(), ClassLogit(0))
+    assert float((half - exact).abs().max()) <= 0.02 * float(exact.abs().max()) + 1e-12
+
+
 def refusals():
     recurrent = nn.Sequential(nn.Conv3d(1, 2, 1), nn.Flatten(), nn.Linear(2, 2))
     act = nn.ReLU()

@@ -120,6 +120,29 @@ def test_refuses_a_re_entrant_checkpoint_whose_inside_it_cannot_see(volume):
         GuidedBackprop()(Net(), volume, ClassLogit(0))
 
 
+def test_refuses_an_activation_of_a_part_in_place_that_it_cannot_follow(volume):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv3d(1, 4, 1).double()
+
+        def forward(self, x):
+            y = self.conv(x) * 1
+            F.relu(y[:, :2], inplace=True)
+            return F.relu(y).mean((2, 3, 4))
+
+    with pytest.raises(CoverageError, match="in-place activation of a part"):
+        GuidedBackprop()(Net(), volume, ClassLogit(0))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("hidden", [nn.ReLU(), nn.ReLU6(), nn.LeakyReLU()])
+def test_refuses_an_activation_inside_a_scripted_part(hidden, volume):
+    net = nn.Sequential(nn.ReLU(), torch.jit.script(hidden), nn.AdaptiveAvgPool3d(1), nn.Flatten())
+    with pytest.raises(CoverageError, match="cannot reach every activation"):
+        GuidedBackprop()(net, volume, ClassLogit(0))
+
+
 @pytest.mark.parametrize("axes", [2, 3])
 def test_guided_grad_cam_is_the_product_on_the_input_grid(volume, axes):
     volume = volume if axes == 3 else volume[..., 0]

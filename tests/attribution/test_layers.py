@@ -64,6 +64,34 @@ def test_a_survey_changes_nothing():
     assert_same_state(before, state(net))
 
 
+def test_one_half_of_a_split_does_not_lie_on_every_path():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.drop, self.head = nn.Conv3d(1, 4, 1), nn.Dropout(0.1), nn.Conv3d(2, 2, 1)
+
+        def forward(self, x):
+            value, gate = self.conv(x).chunk(2, 1)
+            return (self.head(self.drop(value) * gate.sigmoid())).mean((2, 3, 4))
+
+    layers = {layer.name: layer for layer in list_layers(Gated(), VOLUME)}
+    assert not layers["drop"].on_every_path
+    assert layers["conv"].on_every_path
+
+
+def test_a_model_that_cuts_its_gradient_is_told_so():
+    class Cut(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv3d(1, 2, 1)
+
+        def forward(self, x):
+            return self.conv(x).detach().mean((2, 3, 4))
+
+    with pytest.raises(LayerError, match="is there a detach"):
+        default_layer(Cut(), VOLUME)
+
+
 def test_where_nothing_qualifies_the_nearest_are_named():
     with pytest.raises(LayerError, match=r"no layer lies on every path .*the last ones are"):
         default_layer(nn.Sequential(nn.Conv3d(1, 2, 3, stride=8, padding=1), nn.Flatten()), torch.randn(1, 1, 8, 8, 8))

@@ -49,6 +49,17 @@ def test_an_id_reads_back_as_the_target(target):
     assert parse_target(target_id(target)) == target
 
 
+def test_an_index_is_an_index_also_where_classes_are_named_by_digits():
+    assert parse_target(1, ["1", "2", "3"]) == ClassLogit(1)
+    with pytest.raises(TargetError, match="both an index and the name of class 0"):
+        parse_target("1", ["1", "2", "3"])
+
+
+def test_a_margin_over_itself_is_refused():
+    with pytest.raises(TargetError, match="name two classes"):
+        ClassMargin(1, 1)
+
+
 def test_a_callable_is_named_after_its_function():
     def Left_Lung(output):
         return output[:, 0]

@@ -114,6 +114,16 @@ def test_only_the_case_whose_scan_or_result_changed_is_done_again(config, tmp_pa
     assert [o.status for o in outcomes] == ["done", "kept", "done"]
 
 
+@pytest.mark.parametrize("damage", ["{", '{"provenance": []}'])
+def test_a_damaged_record_or_map_is_made_anew(config, tmp_path, damage):
+    execute(config())
+    (tmp_path / "out" / "a" / "case.json").write_text(damage)
+    next((tmp_path / "out" / "sub-b").glob("*grad-cam*")).write_bytes(b"")
+    _, outcomes = execute(config())
+    assert [o.status for o in outcomes] == ["done", "done", "kept"]
+    assert [o.status for o in execute(config())[1]] == ["kept"] * 3
+
+
 def test_changed_preprocessing_code_counts(config, tmp_path):
     code = (
         "import nibabel\n"

@@ -90,6 +90,13 @@ MODEL = "models/model.json"
             edit(MODEL, b'"guards_code": []', b'"guards_code": ["__import__(\'os\').getcwd()"]'),
             "holds code where sizes belong",
         ),
+        (
+            edit(MODEL, b'\\"builtins.tuple\\"', b'\\"collections.defaultdict\\"'),
+            "takes or returns a collections.defaultdict",
+        ),
+        (adding(models__model_dot_JSON=b"{}"), "unknown part, 'models/model.JSON'"),
+        (adding(data__constants__OPAQUE_obj_0=b"x"), "holds a pickled object"),
+        (adding(extra__readme_dot_txt=b"x"), "unknown part"),
         (adding(data__aotinductor__model__x_dot_so=b"\x7fELF"), "holds compiled machine code"),
         (adding(data__constants__opaque_obj_0=pickle.dumps(3)), "holds a pickled object"),
         (adding(data__constants__custom_obj_0=b"x"), "holds a pickled object"),
@@ -120,6 +127,33 @@ def test_a_pickle_inside_is_refused_and_never_run(archive, tmp_path, member):
     with pytest.raises(ModelError):
         load_model(rewritten(archive[0], tmp_path, change))
     assert not canary.exists()
+
+
+def test_a_part_beside_the_programs_own_folder_is_refused(archive, tmp_path):
+    path = tmp_path / "two.pt2"
+    path.write_bytes(archive[0].read_bytes())
+    with zipfile.ZipFile(path, "a") as file:
+        file.writestr("serialized_exported_program.json", "{}")
+    with pytest.raises(ModelError, match="holds more than one program"):
+        load_model(path)
+
+
+def test_a_payload_named_by_the_config_is_refused_whatever_it_says_of_itself(archive, tmp_path):
+    def change(name, content):
+        if name != "data/constants/model_constants_config.json":
+            return content
+        return json.dumps({"config": {"c": {"path_name": "opaque_obj_0", "use_pickle": False}}}).encode()
+
+    with pytest.raises(ModelError, match="holds a pickled object"):
+        load_model(rewritten(archive[0], tmp_path, change))
+
+
+def test_a_program_with_sizes_left_open_is_let_in(tmp_path):
+    sizes = dict.fromkeys((2, 3, 4), torch.export.Dim.DYNAMIC)
+    program = torch.export.export(random_net().float().eval(), (torch.randn(1, 1, 7, 9, 11),), dynamic_shapes=(sizes,))
+    torch.export.save(program, tmp_path / "open.pt2")
+    model = load_model(tmp_path / "open.pt2")
+    assert GradCAM("4")(model, torch.randn(1, 1, 12, 13, 14), ClassLogit(0)).shape == (1, 1, 5, 6, 6)
 
 
 def test_a_damaged_archive_and_a_checkpoint_are_told_apart(archive, tmp_path):

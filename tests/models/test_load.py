@@ -90,6 +90,12 @@ def refusals(tmp_path, factory, trained):
             "1 of another shape (0.bias (file (3,), model (4,)))",
         ),
         (build, saved("c.pt", poisoned), "1 of 4 values of '0.bias' are NaN"),
+        (
+            build,
+            saved("x.pt", {n: t for n, t in state.items() if n != "4.bias"}),
+            "do not match the model: 1 missing (4.bias);",
+        ),
+        (build, saved("y.pt", state | {"more": torch.zeros(1)}), "do not match the model: 1 not in the model (more);"),
         (build, saved("d.pt", {"epoch": 3}), "holds a dict with keys epoch, not a state dict"),
         (build, saved("e.pt", trained), "holds more than tensors (GLOBAL torch.nn.modules.container.Sequential"),
         (build, tmp_path / "page.pt", "not a sound weights file"),
@@ -107,7 +113,7 @@ def refusals(tmp_path, factory, trained):
     ]
 
 
-@pytest.mark.parametrize("number", range(17))
+@pytest.mark.parametrize("number", range(19))
 def test_refuses_in_one_line(number, tmp_path, factory, trained):
     source, weights, says = refusals(tmp_path, factory, trained)[number]
     with pytest.raises(VolsalError) as raised:

@@ -51,6 +51,17 @@ def test_simpleitk_places_the_map_where_the_scan_lies(scan_file, tmp_path):
     np.testing.assert_allclose((-x, -y, z), scan.grid.world(index), atol=1e-4)  # ITK counts to left and posterior
 
 
+def test_a_left_handed_qform_is_not_mirrored(scan_file, tmp_path):
+    path = scan_file(affine=np.diag([-2.0, 2.5, 3.0, 1.0]))  # qfac, the sign in pixdim[0], is -1
+    image = nib.load(path)
+    image.set_sform(None, 0)
+    nib.save(image, path)
+    scan = read_scan(path)
+    write_map(tmp_path / "m.nii.gz", scan.array, map_header(scan, "x", "y", (0.0, 1.0)))
+    np.testing.assert_allclose(nib.load(tmp_path / "m.nii.gz").affine, image.affine)
+    assert nib.load(tmp_path / "m.nii.gz").header["pixdim"][0] == -1
+
+
 def test_a_scan_made_in_memory_gets_both_forms(tmp_path, oblique):
     scan = Scan(np.zeros(oblique.shape, np.float32), oblique)
     write_map(tmp_path / "m.nii.gz", scan.array, map_header(scan, "x", "y", (0.0, 1.0)))

@@ -56,7 +56,7 @@ class CAM(Method):
                     f"{volume.ndim - 2} spatial axes"
                 )
             scores = scores_of(targets, output, len(volume))
-            # Half precision cannot hold the small gradients of a large layer's mean.
+            # Half precision cannot hold the products and means over a large layer.
             wide = torch.promote_types(activation.dtype, torch.float32)
             maps = [
                 self.combine(activation.detach().to(wide), gradient.to(wide))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -75,6 +76,12 @@ def default_layer(model: nn.Module, volume: Tensor) -> str:
     if shape not in remembered:
         observed = _observe(model, volume)
         suitable = [(layer, node) for layer, node in observed if layer.suitable]
+        if not any(layer.on_every_path for layer, _ in observed):
+            raise LayerError(
+                "no layer lies on every path from the input to the output; either several paths run side by side all "
+                "the way (name a layer with layer=), or the output does not depend on the input through "
+                "differentiable steps (is there a detach, an argmax or a no_grad in the model?)"
+            )
         if not suitable:
             widest = ", ".join(f"{layer.name} {layer.extent}" for layer, _ in observed[-5:])
             raise LayerError(
@@ -82,7 +89,7 @@ def default_layer(model: nn.Module, volume: Tensor) -> str:
                 f"{tuple(volume.shape)}; name one with layer= (the last ones are {widest or 'without spatial axes'})"
             )
         last = suitable[-1][1]
-        names = [layer.name for layer, node in suitable if node is last]
+        names = [layer.name for layer, node in suitable if node == last]
         remembered[shape] = min(names, key=lambda name: name.count("."))
         _log.info("no layer was named: taking %r, the last one on every path to the output", remembered[shape])
     return remembered[shape]
@@ -92,7 +99,7 @@ _CHOSEN: WeakKeyDictionary[nn.Module, dict[tuple[int, ...], str]] = WeakKeyDicti
 
 
 def _observe(model: nn.Module, volume: Tensor) -> list[tuple[Layer, Any]]:
-    """Each layer with the autograd node that made its output."""
+    """Each layer with the autograd node, and the number of that node's output, that made its output."""
     seen: dict[str, tuple[nn.Module, tuple[int, ...], int, Any]] = {}
     calls: dict[str, int] = {}
 
@@ -101,7 +108,8 @@ def _observe(model: nn.Module, volume: Tensor) -> list[tuple[Layer, Any]]:
             calls[name] = calls.get(name, 0) + 1
             if isinstance(output, Tensor) and output.ndim == volume.ndim and output.grad_fn is not None:
                 seen.pop(name, None)  # a later call goes to the end of the order
-                seen[name] = (module, tuple(output.shape), output.numel() * output.element_size(), output.grad_fn)
+                size = output.numel() * output.element_size()
+                seen[name] = (module, tuple(output.shape), size, (output.grad_fn, output.output_nr))
 
         return hook
 
@@ -116,7 +124,8 @@ def _observe(model: nn.Module, volume: Tensor) -> list[tuple[Layer, Any]]:
         finally:
             for handle in hooks:
                 handle.remove()
-        ends = [t.grad_fn for t in tree_leaves(output) if isinstance(t, Tensor) and t.grad_fn is not None]
+        tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.grad_fn is not None]
+        ends = [(t.grad_fn, t.output_nr) for t in tensors]
         dominating = _on_every_path(ends)
     return [
         (
@@ -140,26 +149,30 @@ def _never(packed: Any) -> Tensor:
     raise AssertionError("the graph of a survey is never run backwards")
 
 
-def _on_every_path(ends: list[Any]) -> set[Any]:
-    """The nodes through which every path from an output back to the input runs.
+def _on_every_path(ends: list[tuple[Any, int]]) -> set[tuple[Any, int]]:
+    """The (node, output number) through which every path from an output back to the input runs.
 
-    A node lies on every path exactly where (paths above it) x (paths below it) is the number of all paths.  Python's
-    integers hold the counts of a DenseNet, which exceed any machine word.
+    A place lies on every path exactly where (paths above it) x (paths below it) is the number of all paths.  Python's
+    integers hold the counts of a DenseNet, which exceed any machine word.  A node with several outputs, such as a
+    split, is several places.
     """
-    order = _topological(ends)
+    order = _topological([node for node, _ in ends])
     below: dict[Any, int] = {}  # paths from a node down to the input, of which AccumulateGrad is the only end
     for node in reversed(order):
         following = [n for n, _ in node.next_functions if n is not None]
         below[node] = sum(below[n] for n in following) if following else int(node.name().endswith("AccumulateGrad"))
     above: dict[Any, int] = dict.fromkeys(order, 0)
+    places: Counter[tuple[Any, int]] = Counter()
     for end in ends:
-        above[end] += 1
+        above[end[0]] += 1
+        places[end] += 1
     for node in order:
-        for following, _ in node.next_functions:
+        for following, number in node.next_functions:
             if following is not None:
                 above[following] += above[node]
-    total = sum(below[end] for end in ends)
-    return {node for node in order if total and above[node] * below[node] == total}
+                places[following, number] += above[node]
+    total = sum(below[node] for node, _ in ends)
+    return {place for place, paths in places.items() if total and paths * below[place[0]] == total}
 
 
 def _topological(ends: list[Any]) -> list[Any]:

@@ -34,6 +34,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.random.fork_rng(devices=sorted(d for d in devices if d is not None)))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
+        for kind in {"cpu", *(p.device.type for p in model.parameters())}:
+            stack.enter_context(torch.autocast(kind, enabled=False))  # gradients underflow in half precision
         try:
             model.eval()
             for parameter in trainable:
@@ -112,6 +114,8 @@ class Tap:
         self.layer = layer
         self._module = find_layer(model, layer)
         self._leaf: Tensor | None = None
+        # A layer may return a parameter or buffer, which must not be written to.
+        self._own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
 
     def __enter__(self) -> Tap:
         self._leaf = None
@@ -131,8 +135,15 @@ class Tap:
             raise LayerError(
                 f"layer {self.layer!r} returns a {type(output).__name__}, not a tensor; name a layer inside"
             )
-        self._leaf = output.detach().requires_grad_(True)
-        return self._leaf.clone()  # an in-place operation that follows writes into the clone
+        self._leaf = output.detach().clone().requires_grad_(True)
+        if output.untyped_storage().data_ptr() in self._own:
+            return self._leaf.clone()
+        try:
+            # Written back in place, so that every other name the model has for this memory (an in-place activation's
+            # input, an identity's) continues from the leaf too.
+            return output.copy_(self._leaf)
+        except RuntimeError:  # an expanded view cannot be written to, and nothing can alias it by writing
+            return self._leaf.clone()
 
     @property
     def activation(self) -> Tensor:
@@ -161,11 +172,20 @@ def gradients(scores: list[Tensor], leaf: Tensor, where: str) -> list[Tensor]:
         Where no differentiable path leads from ``where`` to a score, or a gradient is NaN.
     """
     found = []
+    # A float16 model's gradients by a large layer are below what float16 holds, so they travel multiplied.
+    scale = 1024.0 if leaf.dtype == torch.float16 else 1.0
     for number, score in enumerate(scores):
         gradient = None
         if score.requires_grad:
             last = number == len(scores) - 1
-            (gradient,) = torch.autograd.grad(score.sum(), leaf, retain_graph=not last, allow_unused=True)
+            try:
+                (gradient,) = torch.autograd.grad(scale * score.sum(), leaf, retain_graph=not last, allow_unused=True)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                reason = str(error).splitlines()[0]
+                raise ModelError(f"the model has no backward pass to {where}: {reason}") from error
+            gradient = gradient if gradient is None or scale == 1 else gradient.float() / scale
         if gradient is None:
             raise LayerError(
                 f"no gradient reaches {where}: the score does not depend on it through differentiable steps "

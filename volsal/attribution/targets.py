@@ -70,6 +70,10 @@ class ClassMargin:
     of: int
     against: int
 
+    def __post_init__(self) -> None:
+        if self.of == self.against:
+            raise TargetError(f"the margin of class {self.of} over itself is 0 for every scan; name two classes")
+
     @property
     def id(self) -> str:
         """``margin-1-0``."""
@@ -146,8 +150,13 @@ def parse_target(text: str | int, classes: Sequence[str] = ()) -> Target:
     True
     """
     name = str(text).strip()
-    if name in classes:
-        return ClassLogit(list(classes).index(name))
+    if name in classes and not isinstance(text, int):
+        index = list(classes).index(name)
+        if name.isdigit() and int(name) != index:
+            raise TargetError(
+                f"{name!r} is both an index and the name of class {index}; write class-{index} or class-{name}"
+            )
+        return ClassLogit(index)
     for pattern, make in _FORMS:
         if match := re.fullmatch(pattern, name):
             return make(*match.groups())

@@ -16,6 +16,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from volsal.config import Config, ConfigError, FunctionSection
 from volsal.errors import VolsalError
 from volsal.explain import CASE_FILE, RESULT_VERSION, Explainer, environment
@@ -58,7 +60,13 @@ class Run:
         Where the output folder cannot be written.
     """
 
-    def __init__(self, config: Config, output: Path | None = None, methods: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        output: Path | None = None,
+        methods: Sequence[str] | None = None,
+        targets: Sequence[str] | None = None,
+    ) -> None:
         if config.scans is None:
             raise ConfigError(f"{config.path}: scans: missing; a run needs 'scans: {{folder: ...}}'")
         if output is None and config.output is None:
@@ -66,6 +74,7 @@ class Run:
         self.config = config
         self.scans = config.scans
         self.methods = methods
+        self.targets = targets
         self.folder = output or config.folder / str(config.output)
         source = config.folder / config.scans.folder
         if not source.is_dir():
@@ -81,7 +90,7 @@ class Run:
 
         The model and every setting are checked before the first scan is touched.
         """
-        explainer = Explainer.from_config(self.config, self.methods)
+        explainer = Explainer.from_config(self.config, self.methods, self.targets)
         require_writable(self.folder)
         recipe = self._recipe(explainer)
         self._write_run(explainer)
@@ -113,16 +122,20 @@ class Run:
             content = json.loads((self.folder / case / CASE_FILE).read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError, ValueError):
             return None
-        return content if isinstance(content, dict) and "provenance" in content else None
+        whole = isinstance(content, dict) and {"provenance", "prediction", "maps"} <= content.keys()
+        return content if whole else None
 
     def _whole(self, case: str, record: dict[str, Any]) -> bool:
-        return all((self.folder / case / entry["file"]).is_file() for entry in record["maps"])
+        """Whether every map of the record is there, to the byte."""
+        files = {self.folder / case / entry["file"]: entry["sha256"] for entry in record["maps"]}
+        return all(path.is_file() and sha256(path.read_bytes()).hexdigest() == sum_ for path, sum_ in files.items())
 
     def _recipe(self, explainer: Explainer) -> dict[str, Any]:
         """All that a case's result depends on, but the scan: a result is kept exactly while this stays the same."""
         config = self.config
         function = config.preprocess.function if isinstance(config.preprocess, FunctionSection) else ""
-        codes = [ref.rpartition(":")[0] for ref in (config.model.factory or "", function)]
+        # Files of code that the config names; what they import in turn is not seen.
+        codes = [ref.rpartition(":")[0] for ref in (config.model.factory or "", function)] + [config.model.file or ""]
         return {
             "result_version": RESULT_VERSION,
             "weights": explainer.weights_sha256,
@@ -131,7 +144,12 @@ class Run:
             "methods": [repr(method) for method in explainer.methods],
             "targets": [repr(target) for target in explainer.targets],
             "scans": [self.scans.volume, self.scans.form],
-            "code": [sha256((config.folder / c).read_bytes()).hexdigest() for c in codes if c.endswith(".py")],
+            "code": [
+                sha256((config.folder / c).read_bytes()).hexdigest() for c in codes if c.endswith((".py", ".pt2"))
+            ],
+            # Both change a result's last bits.
+            "threads": torch.get_num_threads(),
+            "device": config.model.device,
         }
 
     def _write_run(self, explainer: Explainer) -> None:

@@ -34,7 +34,8 @@ _OPERATOR = re.compile(
 )
 _SIZE_FUNCTIONS = {
     "Max", "Min", "Mod", "PythonMod", "FloorDiv", "CeilDiv", "CleanDiv", "IntTrueDiv", "FloatTrueDiv",
-    "PowByNatural", "ToFloat", "TruncToInt", "CeilToInt", "FloorToInt", "Ne", "Eq", "And", "Or", "Not",
+    "Add", "Mul", "Pow", "Integer", "Rational", "Float", "PowByNatural", "ToFloat", "TruncToInt", "CeilToInt",
+    "FloorToInt", "Ne", "Eq", "And", "Or", "Not",
 }  # fmt: skip
 _SYMBOL = re.compile(r"Symbol\('\w+'(, \w+=(True|False))*\)")
 _GUARD_NAMES = {"L", "max", "min"}
@@ -53,12 +54,12 @@ def load_exported(path: Path) -> nn.Module:
     ModelError
         For a file that is no such archive, or holds anything that would be unpickled or run.
     """
-    content = path.read_bytes()  # checked and loaded from the same bytes
+    content = path.read_bytes()
     try:
-        _require_inert(content, path)
+        checked = _inert(content, path)
         with _only_tensors(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about its own internals here
-            program = torch.export.load(io.BytesIO(content))
+            program = torch.export.load(io.BytesIO(checked))
             return cast(nn.Module, torch.export.unflatten(program))
     except ModelError:
         raise
@@ -82,24 +83,46 @@ def _only_tensors() -> Iterator[None]:
             os.environ[name] = before
 
 
-def _require_inert(content: bytes, path: Path) -> None:
+def _inert(content: bytes, path: Path) -> bytes:
+    """The archive rebuilt from the members that were checked, so that what is loaded is what was looked at.
+
+    Zip readers differ in how they look up names, so nothing but known names, under one root, each once, is let in.
+    """
     if not zipfile.is_zipfile(io.BytesIO(content)):
         raise ModelError(f"{path}: not an exported program; {_AGAIN}")
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+    rebuilt = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as archive, zipfile.ZipFile(rebuilt, "w") as clean:
         names = archive.namelist()
-        inner = {name.partition("/")[2]: name for name in names}
-        if "archive_format" not in inner:
+        if not any(name.endswith("/archive_format") for name in names):
             kind = "a TorchScript archive or checkpoint" if any("data.pkl" in n for n in names) else "an older format"
             raise ModelError(f"{path}: {kind}, not a current exported program; {_AGAIN}")
-        for short, name in inner.items():
-            if "aotinductor" in short or short.endswith((".so", ".pyd", ".dll")):
-                raise ModelError(f"{path}: holds compiled machine code ({short}), which would run; {_AGAIN}")
-            if re.search(r"constants/(custom_obj|opaque)", short):
-                raise ModelError(f"{path}: holds a pickled object ({short}), which would run code; {_AGAIN}")
-            if short.endswith(".json"):
-                _require_plain(json.loads(archive.read(name)), path)
-            elif short.endswith(".pt"):
-                torch.load(io.BytesIO(archive.read(name)), weights_only=True)
+        if len({name.partition("/")[0] for name in names}) != 1 or len(set(names)) != len(names):
+            raise ModelError(f"{path}: holds more than one program, or a part twice; {_AGAIN}")
+        for name in names:
+            member = archive.read(name)
+            _require_known(name.partition("/")[2], member, path)
+            clean.writestr(name, member)
+    return rebuilt.getvalue()
+
+
+_MEMBER = re.compile(
+    r"models/model\.json|data/weights/(weight_\d+|model_weights_config\.json)"
+    r"|data/constants/(tensor_\d+|model_constants_config\.json)|data/sample_inputs/model\.pt"
+    r"|archive_format|archive_version|byteorder|\.data/(version|serialization_id)"
+)
+
+
+def _require_known(name: str, member: bytes, path: Path) -> None:
+    if "aotinductor" in name.lower() or name.lower().endswith((".so", ".pyd", ".dll")):
+        raise ModelError(f"{path}: holds compiled machine code ({name}), which would run; {_AGAIN}")
+    if re.match(r"data/constants/(custom_obj|opaque_obj)", name, re.IGNORECASE):
+        raise ModelError(f"{path}: holds a pickled object ({name}), which would run code; {_AGAIN}")
+    if not _MEMBER.fullmatch(name):
+        raise ModelError(f"{path}: holds an unknown part, {name!r}; {_AGAIN} (one program, without extra files)")
+    if name.endswith(".json"):
+        _require_plain(json.loads(member), path)
+    elif name.endswith(".pt"):
+        torch.load(io.BytesIO(member), weights_only=True)
 
 
 def _require_plain(node: Any, path: Path) -> None:
@@ -107,19 +130,47 @@ def _require_plain(node: Any, path: Path) -> None:
     if isinstance(node, list):
         for part in node:
             _require_plain(part, path)
+    elif isinstance(node, str) and '"type"' in node:
+        _require_plain_tree(json.loads(node), path)
     elif isinstance(node, dict):
-        if {"target", "inputs", "outputs"} <= node.keys() and not _OPERATOR.fullmatch(str(node["target"])):
-            raise ModelError(f"{path}: calls {node['target']}, which volsal does not let an archive run; {_AGAIN}")
-        if "as_operator" in node and not _OPERATOR.fullmatch(str(node["as_operator"])):
-            raise ModelError(f"{path}: passes on {node['as_operator']}, which volsal does not let an archive run")
-        if "expr_str" in node:
-            _require_arithmetic(str(node["expr_str"]), _SIZE_FUNCTIONS, path)
-        for guard in node.get("guards_code") or ():
-            _require_arithmetic(str(guard), _GUARD_NAMES, path)
-        if node.get("use_pickle") and not str(node.get("path_name")).startswith(("weight_", "tensor_")):
-            raise ModelError(f"{path}: holds a pickled object ({node.get('path_name')}); {_AGAIN}")
+        _require_plain_entry(node, path)
         for part in node.values():
             _require_plain(part, path)
+
+
+def _require_plain_entry(node: dict[str, Any], path: Path) -> None:
+    if {"target", "inputs", "outputs"} <= node.keys() and not _OPERATOR.fullmatch(str(node["target"])):
+        raise ModelError(f"{path}: calls {node['target']}, which volsal does not let an archive run; {_AGAIN}")
+    if "as_operator" in node and not _OPERATOR.fullmatch(str(node["as_operator"])):
+        raise ModelError(f"{path}: passes on {node['as_operator']}, which volsal does not let an archive run")
+    if "path_name" in node and not re.fullmatch(r"(weight|tensor)_\d+", str(node["path_name"])):
+        raise ModelError(f"{path}: holds a pickled object ({node['path_name']}), which would run code; {_AGAIN}")
+    if "expr_str" in node:
+        _require_arithmetic(str(node["expr_str"]), _SIZE_FUNCTIONS, path)
+    for guard in node.get("guards_code") or ():
+        _require_arithmetic(str(guard), _GUARD_NAMES, path)
+
+
+_CONTAINERS = (None, "builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict")
+
+
+def _require_plain_tree(node: Any, path: Path) -> None:
+    """The shape of inputs and outputs, a JSON text inside the JSON: only Python's own containers.
+
+    Any other name in it would be imported.
+    """
+    if isinstance(node, list):
+        for part in node:
+            _require_plain_tree(part, path)
+    elif isinstance(node, dict):
+        if "type" in node and node["type"] not in _CONTAINERS:
+            raise ModelError(f"{path}: takes or returns a {node['type']}, which volsal does not import for an archive")
+        if any(str(key).startswith("__") for key in node):
+            raise ModelError(f"{path}: names a Python object where containers belong; {_AGAIN}")
+        for part in node.values():
+            _require_plain_tree(part, path)
+    elif isinstance(node, str) and node[:1] in "[{" and node:
+        _require_plain_tree(json.loads(node), path)
 
 
 def _require_arithmetic(expression: str, functions: set[str], path: Path) -> None:

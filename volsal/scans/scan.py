@@ -151,7 +151,7 @@ def _what_it_looks_like(path: Path) -> str:
     with path.open("rb") as file:
         head = file.read(132)
     if head[128:132] == b"DICM":
-        return "; it is a DICOM file"
+        return "; it is a DICOM file (convert the series with dcm2niix first)"
     for signature, name in _SIGNATURES.items():
         if head.startswith(signature):
             return f"; it looks like {name}"
