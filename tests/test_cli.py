@@ -91,6 +91,17 @@ def test_run_ends_with_0_and_a_table_and_1_where_a_scan_failed(place):
     assert "not a NIfTI file" in failed[0]
 
 
+def test_one_reason_for_many_scans_is_told_three_times_and_then_counted(place, scan_file):
+    for number in range(5):
+        scan_file(f"scans/{number}.nii.gz")
+    config(place, targets=["class-7"])
+    result = call("run", place / "c.yaml")
+    assert result.exit_code == 1
+    told = [line for line in result.stderr.splitlines() if line.startswith("failed:")]
+    assert len(told) == 4
+    assert told[-1].startswith("failed: 3 more for the same reason: class 7 asked for")
+
+
 def test_layers_lists_candidates_and_marks_the_default(place):
     result = call("layers", "-c", place / "c.yaml")
     assert result.exit_code == 0, result.output

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from volsal.config import Config
     from volsal.explain import Explanation
 
+# A mistake in the config fails every scan alike: it is told this often, and then counted.
+_REPEATS = 3
 SOME_FAILED, NO_SENSE, INTERRUPTED = 1, 2, 130
 
 app = typer.Typer(
@@ -238,15 +240,22 @@ def run(
 
 def _watched(work: Run) -> Iterator[Outcome]:
     """The run's outcomes as they come, with a progress bar on a terminal and a line for each scan that failed."""
+    reasons: Counter[str] = Counter()
     with _progress() as progress:
         bar = progress.add_task("explaining", total=len(work.cases))
         for outcome in work.execute():
             if outcome.error:
-                say(f"failed: {outcome.case}: {outcome.error}", progress.console)
+                reason = outcome.error.replace(str(outcome.scan), "the scan")
+                reasons[reason] += 1
+                if reasons[reason] <= _REPEATS:
+                    say(f"failed: {outcome.case}: {outcome.error}", progress.console)
                 if _debug():
                     say(outcome.trace, progress.console)
             progress.advance(bar)
             yield outcome
+    for reason, times in reasons.items():
+        if times > _REPEATS:
+            say(f"failed: {times - _REPEATS} more for the same reason: {reason}", err)
 
 
 def _progress() -> Progress:
