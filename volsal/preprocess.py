@@ -171,11 +171,11 @@ def _flattened(steps: Sequence[Callable]) -> Iterator[Callable]:
         if type(step).__module__.startswith("monai.") and hasattr(step, "transforms"):
             yield from _flattened(step.transforms)
         else:
-            _require_repeatable(step)
+            _require_not_random(step)
             yield step
 
 
-def _require_repeatable(step: Callable) -> None:
+def _require_not_random(step: Callable) -> None:
     if not callable(step):
         raise PreprocessError(f"a preprocessing step is callable; this one is {step!r}")
     if hasattr(step, "set_random_state") or hasattr(step, "randomize"):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor, nn
 
 from volsal.attribution.method import Attribution, Method, detached, scores_of
+from volsal.attribution.rules import GuidedRule
 from volsal.attribution.tap import copied_on_write, forward, gradients, plain, undisturbed
 from volsal.attribution.targets import Target
 
@@ -27,9 +29,20 @@ class InputGradient(Method):
 
     def attribute(self, model: nn.Module, volume: Tensor, targets: Sequence[Target]) -> Attribution:
         """The gradient of each target's score; errors as for :meth:`volsal.GradCAM.attribute`."""
-        with undisturbed(model):
-            leaf = plain(volume).requires_grad_(True)
+        return by_input(model, volume, targets)
+
+
+def by_input(
+    model: nn.Module, volume: Tensor, targets: Sequence[Target], rule: GuidedRule | None = None
+) -> Attribution:
+    """The gradient of each score by the input, (B, C, *spatial), with ``rule`` on every activation where one is given."""
+    with undisturbed(model):
+        leaf = plain(volume).requires_grad_(True)
+        with rule or nullcontext():
             output = forward(model, copied_on_write(leaf))
-            scores = scores_of(targets, output, len(volume))
-            maps = gradients(scores, leaf, "the input")
-        return Attribution(maps, [s.detach() for s in scores], detached(output))
+        scores = scores_of(targets, output, len(volume))
+        if rule:
+            rule.require_complete(scores)
+        maps = gradients(scores, leaf, "the input")
+    coverage = dict(rule.coverage) if rule else {}
+    return Attribution(maps, [s.detach() for s in scores], detached(output), coverage=coverage)

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from volsal.attribution.cam import GradCAM
-from volsal.attribution.method import Attribution, Method, detached, scores_of
+from volsal.attribution.gradient import by_input
+from volsal.attribution.method import Attribution, Method
 from volsal.attribution.rules import GuidedRule
-from volsal.attribution.tap import copied_on_write, forward, gradients, plain, undisturbed
 from volsal.attribution.targets import Target
 
 _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
@@ -38,14 +38,7 @@ class GuidedBackprop(Method):
 
     def attribute(self, model: nn.Module, volume: Tensor, targets: Sequence[Target]) -> Attribution:
         """The guided gradient of each target's score; other errors as for :meth:`volsal.GradCAM.attribute`."""
-        with undisturbed(model):
-            leaf = plain(volume).requires_grad_(True)
-            with GuidedRule() as rule:
-                output = forward(model, copied_on_write(leaf))
-            scores = scores_of(targets, output, len(volume))
-            rule.require_complete(scores)
-            maps = gradients(scores, leaf, "the input")
-        return Attribution(maps, [s.detach() for s in scores], detached(output), coverage=dict(rule.coverage))
+        return by_input(model, volume, targets, GuidedRule())
 
 
 @dataclass(frozen=True)
