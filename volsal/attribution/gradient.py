@@ -35,7 +35,7 @@ class InputGradient(Method):
 def by_input(
     model: nn.Module, volume: Tensor, targets: Sequence[Target], rule: GuidedRule | None = None
 ) -> Attribution:
-    """The gradient of each score by the input, (B, C, *spatial), with ``rule`` on every activation where one is given."""
+    """The gradient of each score by the input, (B, C, *spatial), with ``rule`` on every activation if one is given."""
     with undisturbed(model):
         leaf = plain(volume).requires_grad_(True)
         with rule or nullcontext():
