@@ -58,6 +58,7 @@ class Heatmap:
     values : (I, J, K) float32 on the scan's grid; raw, never normalised; 0 outside the model's field of view
     raw : (d, h, w) float32 as the method made it, summed over the input's channels
     raw_grid : where ``raw`` lies
+    grid : the scan's, where ``values`` lie
     settings : the method's own
     coverage : activations that a backward rule was put on
     """

@@ -47,7 +47,6 @@ def _by_name(where: str, reference: str) -> ModuleType:
     try:
         return importlib.import_module(where)
     except ImportError as error:
-        # Raised for the module itself, or for one that it imports: the message says which.
         raise UnknownReferenceError(
             f"{reference}: {error}; is the package installed in this environment? (a file of your own is named "
             "path/to/file.py:name)"
