@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from volsal.errors import VolsalError
 
 _NEGATIVE, _POSITIVE = "LPI", "RAS"
+_FARTHEST_MM = 1e15  # far beyond any patient, and near enough for its square to be a number
 
 
 class GridError(VolsalError, ValueError):
@@ -47,6 +48,8 @@ class Grid:
             raise GridError(f"an affine is a 4 x 4 matrix with last row 0 0 0 1; this one is {_flat(matrix)}")
         if not np.isfinite(matrix).all():
             raise GridError(f"the affine holds NaN or infinity: {_flat(matrix)}")
+        if np.abs(matrix).max() > _FARTHEST_MM:
+            raise GridError(f"the affine holds a number that is no distance in mm: {_flat(matrix)}")
         lengths = np.linalg.norm(matrix[:3, :3], axis=0)
         # A ratio, not a determinant: it does not depend on the unit or the spacing.
         if not lengths.all() or abs(np.linalg.det(matrix[:3, :3] / lengths)) < 1e-6:
@@ -146,6 +149,15 @@ class Grid:
         at = other.voxel(self.world(lattice))
         inside = (at >= -0.5 - 1e-6) & (at <= np.array(other.shape) - 0.5 + 1e-6)
         return float(inside.all(axis=-1).mean())
+
+
+def lps_to_ras(affine: ArrayLike) -> NDArray[np.float64]:
+    """An affine into DICOM's and ITK's world (x to the patient's left, y to posterior) as one into RAS+; (4, 4) mm.
+
+    >>> lps_to_ras(np.eye(4)).diagonal()
+    array([-1., -1.,  1.,  1.])
+    """
+    return np.array([[-1.0], [-1.0], [1.0], [1.0]]) * np.asarray(affine, dtype=np.float64)
 
 
 def _flat(matrix: NDArray[np.float64]) -> str:

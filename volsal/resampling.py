@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from typing import overload
 
 import numpy as np
@@ -11,38 +12,44 @@ from torch import Tensor
 
 from volsal.grid import Grid, GridError
 
-# Bytes of output computed at a time: large enough to amortise a call, small enough to stay near the caches.
-_SLAB_BYTES = 32 << 20
+# Bytes of output computed at a time: large enough to amortise a call, small enough to stay near the caches and to be
+# made again and again in the same memory.
+_SLAB_BYTES = 16 << 20
 # Two voxel axes count as parallel where a step along one moves less than this many voxels across the other,
 # summed over the whole volume.
 _ALIGNED_VOXELS = 1e-3
+# A point this part of a voxel outside a face is still inside: rounding must not decide.
+_FACE = 1e-6
 
 
 @overload
-def resample(values: Tensor, source: Grid, target: Grid) -> Tensor: ...
+def resample(values: Tensor, source: Grid, target: Grid, field: Grid | None = None) -> Tensor: ...
 @overload
-def resample(values: NDArray, source: Grid, target: Grid) -> NDArray: ...
-def resample(values: Tensor | NDArray, source: Grid, target: Grid) -> Tensor | NDArray:
+def resample(values: NDArray, source: Grid, target: Grid, field: Grid | None = None) -> NDArray: ...
+def resample(values: Tensor | NDArray, source: Grid, target: Grid, field: Grid | None = None) -> Tensor | NDArray:
     """Trilinear interpolation of ``values`` at the voxel centres of ``target``.
 
     Parameters
     ----------
     values : (..., *source.shape), a float tensor or array; leading axes (batch, channels) are kept
     source, target : the grid that ``values`` lie on, and the one that is asked for
+    field : the grid of what ``values`` were made from, such as the model's input for a layer's cells; its axes are
+        those of ``source`` up to permutation and flip.  None: ``source`` itself
 
     Returns
     -------
     (..., *target.shape), of the kind, dtype and device of ``values``.  Half-precision values are computed in float32.
 
-    Between the outermost voxel centres of ``source`` and its outer faces, half a voxel further out, the nearest value
-    holds; outside its field of view the result is 0.  Where the axes of the two grids are parallel up to permutation
-    and flip the result is a product of three small matrices; elsewhere it is sampled slab by slab through the composed
-    affine.  No coordinate array of the target's size is ever made.
+    Beyond the outermost voxel centres of ``source`` the nearest value holds, as far as the outer faces of ``field``,
+    which are half a voxel outside its own outermost centres; outside ``field`` the result is 0, also where ``source``
+    reaches further.  Where the axes of source and target are parallel up to permutation and flip the result is a
+    product of three small matrices; elsewhere it is sampled slab by slab through the composed affine.  No coordinate
+    array of the target's size is ever made.
 
     Raises
     ------
     GridError
-        Where ``values`` do not have the shape of ``source``.
+        Where ``values`` do not have the shape of ``source``, or the axes of ``field`` are not those of ``source``.
     """
     if tuple(values.shape[-3:]) != source.shape:
         raise GridError(f"the values are {tuple(values.shape)}, but their grid has shape {source.shape}")
@@ -50,13 +57,39 @@ def resample(values: Tensor | NDArray, source: Grid, target: Grid) -> Tensor | N
     if not tensor.is_floating_point():
         raise TypeError(f"resample interpolates floating point values, not {tensor.dtype}; convert them first")
     working = tensor.detach().to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)
-    composed = target.to(source)
+    composed, box = target.to(source), _box(source, field or source)
     carry = _along_axes if _aligned(composed, target.shape) else _through_affine
+    volumes = working.reshape(-1, *source.shape)
+    out = _empty(working, (len(volumes), *target.shape))
     with torch.autocast(tensor.device.type, enabled=False):
-        volumes = [carry(volume, composed, target.shape) for volume in working.reshape(-1, *source.shape)]
-    carried = torch.stack(volumes) if len(volumes) != 1 else volumes[0][None]
-    carried = carried.reshape(*tensor.shape[:-3], *target.shape).to(tensor.dtype)
+        for volume, place in zip(volumes, out, strict=True):
+            carry(volume, composed, box, place)
+    carried = out.reshape(*tensor.shape[:-3], *target.shape).to(tensor.dtype)
     return carried if isinstance(values, Tensor) else carried.numpy()
+
+
+def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """An uninitialised tensor of the dtype and device of ``like``.
+
+    On a CPU it is NumPy's memory, which the system hands out in huge pages: touching a whole scan for the first time
+    in pages of 4 KiB takes longer than computing what goes there.
+    """
+    if like.device.type != "cpu":
+        return like.new_empty(shape)
+    return torch.from_numpy(np.empty(shape, like.numpy().dtype))
+
+
+def _box(source: Grid, field: Grid) -> NDArray[np.float64]:
+    """(3, 2): the lower and upper face of ``field`` along each axis of ``source``, in voxels of ``source``.
+
+    A millionth of a field's voxel is added on each side, so that a point on the face is inside whatever rounding does.
+    """
+    composed = field.to(source)
+    if not _aligned(composed, field.shape):
+        raise GridError(f"the field {field} and the values' grid {source} are turned against each other")
+    middle = composed[:3, :3] @ ((np.array(field.shape) - 1) / 2) + composed[:3, 3]
+    half = np.abs(composed[:3, :3]) @ (np.array(field.shape) / 2 + _FACE)
+    return np.stack([middle - half, middle + half], axis=1)
 
 
 def _aligned(composed: NDArray[np.float64], shape: tuple[int, int, int]) -> bool:
@@ -70,27 +103,33 @@ def _aligned(composed: NDArray[np.float64], shape: tuple[int, int, int]) -> bool
     return len(set(main)) == 3 and bool(across.sum(axis=1).max() <= _ALIGNED_VOXELS)
 
 
-def _along_axes(volume: Tensor, composed: NDArray[np.float64], shape: tuple[int, int, int]) -> Tensor:
-    """Three one-dimensional interpolations.  volume (source shape) -> (target shape)."""
+def _slabs(out: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """(first row, rows of it) of ``out`` (I, J, K), a few at a time."""
+    rows = max(1, _SLAB_BYTES // max(1, out[0].nbytes))
+    return ((start, out[start : start + rows]) for start in range(0, len(out), rows))
+
+
+def _along_axes(volume: Tensor, composed: NDArray[np.float64], box: NDArray[np.float64], out: Tensor) -> None:
+    """Three one-dimensional interpolations.  volume (source shape) -> out (target shape)."""
     order = [int(axis) for axis in np.abs(composed[:3, :3]).argmax(axis=0)]  # target axis -> source axis
     volume = volume.permute(order)
     weights = [
-        _weights(composed[order[axis], axis], composed[order[axis], 3], shape[axis], volume.shape[axis]).to(volume)
-        for axis in range(3)
+        _weights(composed[source, axis], composed[source, 3], out.shape[axis], volume.shape[axis], box[source])
+        for axis, source in enumerate(order)
     ]
-    out = volume.new_empty(shape)
-    rows = max(1, _SLAB_BYTES // max(1, volume.element_size() * shape[1] * shape[2]))
-    for start in range(0, shape[0], rows):
-        slab = torch.tensordot(weights[0][start : start + rows], volume, dims=([1], [0]))
-        slab = torch.matmul(weights[1], slab)
-        torch.matmul(slab, weights[2].T, out=out[start : start + rows])
-    return out
+    first, second, third = (matrix.to(volume) for matrix in weights)
+    for start, slab in _slabs(out):
+        rows = first[start : start + len(slab)]
+        touched = rows.any(dim=0).nonzero().flatten().tolist() or [0]
+        cells = slice(touched[0], touched[-1] + 1)
+        planes = torch.matmul(torch.matmul(second, volume[cells]), third.T)
+        torch.mm(rows[:, cells], planes.flatten(1), out=slab.flatten(1))
 
 
-def _weights(step: float, first: float, size: int, cells: int) -> Tensor:
-    """(size, cells) linear interpolation weights at source coordinates ``first + step * i``; a row of 0 outside."""
+def _weights(step: float, first: float, size: int, cells: int, faces: NDArray[np.float64]) -> Tensor:
+    """(size, cells) linear interpolation weights at source coordinates ``first + step * i``; 0 beyond the ``faces``."""
     at = first + step * np.arange(size)
-    inside = (at >= -0.5 - 1e-6) & (at <= cells - 0.5 + 1e-6)
+    inside = (at >= faces[0]) & (at <= faces[1])
     at = at.clip(0, cells - 1)
     low = np.minimum(np.floor(at).astype(int), max(cells - 2, 0))
     share = at - low
@@ -101,39 +140,70 @@ def _weights(step: float, first: float, size: int, cells: int) -> Tensor:
     return torch.from_numpy(weights * inside[:, None])
 
 
-def _through_affine(volume: Tensor, composed: NDArray[np.float64], shape: tuple[int, int, int]) -> Tensor:
-    """Sampling at any angle.  volume (source shape) -> (target shape).
+def _through_affine(volume: Tensor, composed: NDArray[np.float64], box: NDArray[np.float64], out: Tensor) -> None:
+    """Sampling at any angle.  volume (source shape) -> out (target shape).
 
-    SimpleITK evaluates an affine along each image line and has volsal's rule for the edges.  Both images are given to
-    it in voxel coordinates, so that it never sees a world convention and shear is no obstacle.
+    A line of target voxels crosses the box once, so its first and last voxel inside say all about it.  Only the part
+    of a slab that holds any such voxel is computed.
+    """
+    sample = _sampler(volume, composed, box)
+    for start, slab in _slabs(out):
+        first, last = _crossings(composed, box, range(start, start + len(slab)), slab.shape[1], slab.shape[2])
+        slab.zero_()
+        lines = np.flatnonzero((first <= last).any(axis=0))
+        if not len(lines):
+            continue
+        across = slice(lines[0], lines[-1] + 1)
+        along = slice(first[first <= last].min(), last[first <= last].max() + 1)
+        part = sample((start, across.start, along.start), slab[:, across, along].shape)
+        at = np.arange(along.start, along.stop, dtype=np.int32)
+        outside = (at < first[:, across, None]) | (at > last[:, across, None])
+        slab[:, across, along] = part.masked_fill_(torch.from_numpy(outside), 0).to(slab.device)
+
+
+def _sampler(
+    volume: Tensor, composed: NDArray[np.float64], box: NDArray[np.float64]
+) -> Callable[[Sequence[int], Sequence[int]], Tensor]:
+    """A function from the first voxel and the shape of a part of the target to the values there, on the CPU.
+
+    SimpleITK evaluates an affine along each image line.  Both images are given to it in voxel coordinates, so that it
+    never sees a world convention and shear is no obstacle.
     """
     import SimpleITK as sitk
 
-    image = sitk.GetImageFromArray(volume.cpu().numpy())  # SimpleITK counts axes from the last: (k, j, i)
-    # ITK's inside test is half open.  Drawn in by 1e-8 about the middle, voxels on the outer face count as inside, as
-    # they do in _weights, and nothing moves by more than a millionth of a voxel.
-    middle = (np.array(volume.shape) - 1) / 2
-    composed = composed.copy()
-    composed[:3] *= 1 - 1e-8
-    composed[:3, 3] += 1e-8 * middle
-    backwards = composed[2::-1, 2::-1]
-    out = volume.new_empty(shape)
-    rows = max(1, _SLAB_BYTES // max(1, volume.element_size() * shape[1] * shape[2]))
-    for start in range(0, shape[0], rows):
-        count = min(rows, shape[0] - start)
-        offset = composed[:3, 3] + composed[:3, 0] * start
-        transform = sitk.AffineTransform(3)
-        transform.SetMatrix(backwards.ravel().tolist())
-        transform.SetTranslation(offset[::-1].tolist())
-        slab = sitk.Resample(
-            image,
-            [shape[2], shape[1], count],
-            transform,
-            sitk.sitkLinear,
-            (0.0,) * 3,
-            (1.0,) * 3,
-            np.eye(3).ravel().tolist(),
-            0.0,
-        )
-        out[start : start + count] = torch.from_numpy(sitk.GetArrayFromImage(slab)).to(out.device)
-    return out
+    # The outermost values repeated to beyond the box, so that ITK's own rule for an image's edge never applies.
+    beyond = [
+        (1 + max(0, int(-low)), 1 + max(0, int(high - n + 1))) for (low, high), n in zip(box, volume.shape, strict=True)
+    ]
+    image = sitk.GetImageFromArray(np.pad(volume.cpu().numpy(), beyond, mode="edge"))
+    transform = sitk.AffineTransform(3)
+    transform.SetMatrix(composed[2::-1, 2::-1].ravel().tolist())  # SimpleITK counts axes from the last: (k, j, i)
+    origin = composed[:3, 3] + [before for before, _ in beyond]
+    upright = np.eye(3).ravel().tolist()
+
+    def sample(start: Sequence[int], shape: Sequence[int]) -> Tensor:
+        transform.SetTranslation((origin + composed[:3, :3] @ start)[::-1].tolist())
+        size = [int(n) for n in reversed(shape)]
+        part = sitk.Resample(image, size, transform, sitk.sitkLinear, (0.0,) * 3, (1.0,) * 3, upright, 0.0)
+        return torch.from_numpy(sitk.GetArrayFromImage(part))
+
+    return sample
+
+
+def _crossings(
+    composed: NDArray[np.float64], box: NDArray[np.float64], rows: range, lines: int, length: int
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """First and last voxel inside the box, (rows, lines) each, of lines of voxels; first > last where there is none."""
+    first = np.zeros((len(rows), lines))
+    last = np.full_like(first, length - 1)
+    i, j = np.arange(rows.start, rows.stop)[:, None], np.arange(lines)
+    for (low, high), (per_i, per_j, per_k, offset) in zip(box, composed[:3], strict=True):
+        at = per_i * i + per_j * j + offset
+        if per_k == 0:
+            last[(at < low) | (at > high)] = -1
+            continue
+        ends = np.stack([(low - at) / per_k, (high - at) / per_k])
+        np.maximum(first, np.ceil(ends.min(axis=0)), out=first)
+        np.minimum(last, np.floor(ends.max(axis=0)), out=last)
+    # Clipped, since a line nearly parallel to a face meets it far outside any integer.
+    return first.clip(0, length).astype(np.int32), last.clip(-1, length - 1).astype(np.int32)
