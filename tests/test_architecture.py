@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-HEAVY = {"napari", "qtpy", "vispy", "matplotlib", "monai", "dask", "pydicom", "SimpleITK"}
+# Not pydicom: nibabel imports it wherever it is installed.
+HEAVY = {"napari", "qtpy", "vispy", "matplotlib", "monai", "dask", "highdicom", "SimpleITK"}
 
 
 def loaded_after(code):

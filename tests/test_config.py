@@ -52,6 +52,11 @@ def test_a_function_for_preprocessing(config):
             "c.yaml:13: scans.foldr: unknown key; did you mean 'folder'?",
         ),
         (GOOD.replace("  factory: torch.nn:Conv3d\n", ""), "c.yaml:2: model: give either 'factory' or 'file'"),
+        (
+            GOOD.replace("folder: scans", "folder: a, volume: -1"),
+            "c.yaml:13: scans.volume: expected a number from 0, or all",
+        ),
+        (GOOD.replace("folder: scans", "folder: a, nan: .inf"), "c.yaml:13: scans.nan: input should be a"),
         (GOOD + "threads: none\n", "c.yaml:15: threads: input should be a valid integer"),
         (GOOD + "targets: [1]\n", "c.yaml:15: targets: given twice (first in line 12)"),
         (

@@ -1,7 +1,10 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 
+from volsal.grid import Grid
 from volsal.preprocess import MonaiSteps, PathFunction, PreprocessError, as_preprocess
 from volsal.scans import Scan, read_scan
 
@@ -207,3 +210,106 @@ def test_a_step_that_fails_names_itself_and_the_scan(scan):
                 {"Resize": {"spatial_size": [4, 4, 4], "mode": "nonsense"}},
             ]
         )(scan)
+
+
+def test_padding_beside_a_bright_background_is_not_taken_for_a_turn(oblique):
+    """The rim between 100 and the pad's 0 outweighs a small blob, and is symmetric where the blob is not."""
+    grid = Grid((41, 54, 24), oblique.affine)
+    middle = grid.world((27, 34, 14))
+    xyz = grid.world(np.stack(np.meshgrid(*map(np.arange, grid.shape), indexing="ij"), -1))
+    array = 100 + 400 * np.exp(-((xyz - middle) ** 2).sum(-1) / 50)
+    steps = [{"Spacing": {"pixdim": [2.4, 2.2, 1.3]}}, {"ResizeWithPadOrCrop": {"spatial_size": [48, 56, 64]}}]
+    result = MonaiSteps.from_config(steps)(Scan(array.astype(np.float32), grid))
+    np.testing.assert_allclose(blob_position(result.tensor, result.grid), middle, atol=0.3)
+
+
+@pytest.mark.parametrize("name", ["Transpose", "GridDistortion"])
+def test_steps_that_leave_a_wrong_affine_are_refused_by_name(name):
+    arguments = {"Transpose": ([0, 2, 1, 3],), "GridDistortion": (3, [(0.1,) * 4] * 3)}[name]
+    with pytest.raises(PreprocessError, match=f"^{name} (moves|bends)"):
+        as_preprocess([getattr(monai_transforms, name)(*arguments)])
+
+
+# What MONAI's spatial transforms do, over sizes that divide and sizes that do not.
+PLACING = {
+    "Orientation": st.permutations(["RL", "AP", "SI"]).flatmap(
+        lambda ends: st.tuples(*map(st.sampled_from, ends)).map(lambda codes: {"axcodes": "".join(codes)})
+    ),
+    "Spacing": st.builds(
+        lambda pixdim, diagonal: {"pixdim": pixdim, "diagonal": diagonal},
+        st.tuples(*[st.sampled_from([1.5, 2.0, 2.7])] * 3),
+        st.booleans(),
+    ),
+    "CenterSpatialCrop": st.tuples(*[st.integers(24, 60)] * 3).map(lambda size: {"roi_size": size}),
+    "SpatialPad": st.builds(
+        lambda size, method: {"spatial_size": size, "method": method},
+        st.tuples(*[st.integers(20, 50)] * 3),
+        st.sampled_from(["symmetric", "end"]),
+    ),
+    "ResizeWithPadOrCrop": st.tuples(*[st.integers(26, 50)] * 3).map(lambda size: {"spatial_size": size}),
+    "Resize": st.builds(
+        lambda size, mode, corners: (
+            {"spatial_size": size, "mode": mode, "align_corners": corners and mode[0] == "t"}
+            if mode == "trilinear"
+            else {"spatial_size": size, "mode": mode}
+        ),
+        st.tuples(*[st.integers(24, 50)] * 3),
+        st.sampled_from(["trilinear", "area", "nearest", "nearest-exact"]),
+        st.booleans(),
+    ),
+    "CropForeground": st.integers(0, 3).map(lambda margin: {"margin": margin}),
+    "Flip": st.sampled_from([0, 1, 2, [0, 2], None]).map(lambda axes: {"spatial_axis": axes}),
+    "Rotate90": st.builds(
+        lambda k, axes: {"k": k, "spatial_axes": axes}, st.integers(1, 3), st.sampled_from([(0, 1), (1, 2), (2, 0)])
+    ),
+    "Zoom": st.builds(
+        lambda zoom, mode, keep: {"zoom": zoom, "mode": mode, "keep_size": keep},
+        st.tuples(*[st.sampled_from([0.9, 1.0, 1.15, 1.3])] * 3),
+        st.sampled_from(["trilinear", "area", "nearest"]),
+        st.booleans(),
+    ),
+}
+steps = st.sampled_from(sorted(PLACING)).flatmap(lambda name: PLACING[name].map(lambda arguments: {name: arguments}))
+BLOB_MM = np.array([5.0, -12.0, 33.0])
+
+
+@pytest.fixture(scope="module")
+def phantom():
+    """Anisotropic, oblique, mirrored; one bright blob at a known place, and three dim ones that break all symmetry."""
+    c, s = np.cos(0.3), np.sin(0.3)
+    affine = np.eye(4)
+    affine[:3, :3] = np.array([[1, 0, 0], [0, c, -s], [0, s, c]]) @ np.array([[c, 0, s], [0, 1, 0], [-s, 0, c]])
+    affine[:3, :3] *= (-1.6, 1.9, 2.6)
+    shape = np.array([40, 36, 26])
+    affine[:3, 3] = BLOB_MM + np.array([2.3, -1.7, 1.1]) - affine[:3, :3] @ ((shape - 1) / 2)
+    xyz = Grid(shape, affine).world(np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1))
+    array = np.zeros(shape)
+    for offset, width, height in [
+        ((0, 0, 0), 6, 1000),
+        ((18, 7, -4), 6, 300),
+        ((-3, -17, 9), 5, 400),
+        ((4, 9, 17), 5, 250),
+    ]:
+        array += height * np.exp(-((xyz - BLOB_MM - offset) ** 2).sum(-1) / 2 / width**2)
+    return Scan(array.astype(np.float32), Grid(shape, affine))
+
+
+def blob_fits(grid):
+    """Whether all that is brighter than half the blob, with 2 mm to spare, lies between the outermost voxel centres."""
+    at, reach = grid.voxel(BLOB_MM), 9 / grid.spacing
+    return bool(((at - reach >= 0) & (at + reach <= np.array(grid.shape) - 1)).all())
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+@given(st.lists(steps, min_size=1, max_size=4))
+def test_after_any_steps_the_blob_is_where_the_affine_says(phantom, chain):
+    for length in range(1, len(chain) + 1):
+        result = MonaiSteps.from_config(chain[:length])(phantom)
+        assume(blob_fits(result.grid))
+    values = result.tensor[0, 0].numpy()
+    xyz = result.grid.world(np.stack(np.meshgrid(*map(np.arange, values.shape), indexing="ij"), -1))
+    weight = np.clip(values - 500, 0, None) * (((xyz - BLOB_MM) ** 2).sum(-1) < 15**2)
+    found = (weight[..., None] * xyz).sum((0, 1, 2)) / weight.sum()
+    # Picking and averaging voxels is exact on average only: each such step may add its own rounding.
+    rough = sum(next(iter(step.values())).get("mode") in ("area", "nearest", "nearest-exact") for step in chain)
+    assert np.linalg.norm(found - BLOB_MM) < 0.1 + (0.1 + 0.25 * rough) * result.grid.spacing.max()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from volsal.errors import VolsalError, nearest
 
@@ -48,8 +48,43 @@ class ScansSection(_Section):
 
     folder: str = Field(description="every scan below it is a case")
     pattern: str | None = Field(None, description="only paths or names like this, e.g. '*_T1w.nii.gz'")
-    volume: int | None = Field(None, ge=0, description="which volume of 4D files, from 0")
+    channels: list[str] = Field(
+        default_factory=list,
+        description="several files per case: how their names end before the suffix, in the model's channel order, "
+        "e.g. ['_flair', '_t1']; what is left of the name is the case",
+    )
+    regrid: bool = Field(False, description="bring channels to the first one's voxels where they lie elsewhere")
+    volume: int | Literal["all"] | None = Field(
+        None, description="which volume of 4D files, from 0; all: the volumes are the model's channels"
+    )
     form: Literal["sform", "qform"] | None = Field(None, description="which affine, where a file's two disagree")
+    strict: bool = Field(False, description="refuse files whose two affines lie more than 0.1 mm apart")
+    nan: float | None = Field(
+        None, allow_inf_nan=False, description="what NaN and infinite voxels become; such files are refused without"
+    )
+    series: str | int | None = Field(
+        None, description="which series of DICOM folders: a part of its description, its UID, or its number"
+    )
+    slices: Literal["resample"] | None = Field(
+        None, description="resample: accept DICOM slices at uneven distances, and interpolate between them"
+    )
+
+    @field_validator("volume", mode="plain")
+    @classmethod
+    def _volume(cls, value: Any) -> Any:
+        if value not in (None, "all") and (type(value) is not int or value < 0):
+            raise ValueError("expected a number from 0, or all")
+        return value
+
+    @model_validator(mode="after")
+    def _distinct_channels(self) -> ScansSection:
+        if len(set(self.channels)) < len(self.channels) or "" in self.channels:
+            raise ValueError("channels are name endings, each its own")
+        return self
+
+    def reading(self) -> dict[str, Any]:
+        """How the files are read: the keyword arguments of :func:`volsal.scans.read_case`."""
+        return {name: getattr(self, name) for name in ("volume", "regrid", "form", "strict", "nan", "series", "slices")}
 
 
 class Config(_Section):
@@ -65,6 +100,9 @@ class Config(_Section):
         description="ids, or an id with settings, as in 'grad-cam: {layer: layer3}'",
     )
     targets: list[str | int] = Field(default_factory=lambda: cast("list[str | int]", ["predicted-class"]), min_length=1)
+    alignment: Literal["auto", "half-pixel", "nominal", "measured", "flip-average"] = Field(
+        "auto", description="where a layer's cells lie on the model's input; auto: measured, or half-pixel with a note"
+    )
     scans: ScansSection | None = None
     output: str | None = Field(None, description="the run folder")
     threads: int | None = Field(None, ge=1, description="CPU threads; part of a result's last bits")

@@ -11,7 +11,6 @@ import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -70,10 +69,11 @@ class PathFunction:
 
     Parameters
     ----------
-    function : path -> ((C, D, H, W) or (1, C, D, H, W) tensor or array, (4, 4) affine: voxel centre to RAS+ mm)
+    function : the path, or the list of paths of a case of several files ->
+        ((C, D, H, W) or (1, C, D, H, W) tensor or array, (4, 4) affine: voxel centre to RAS+ mm)
     """
 
-    def __init__(self, function: Callable[[Path], Any]) -> None:
+    def __init__(self, function: Callable[[Any], Any]) -> None:
         self._function = function
 
     def __repr__(self) -> str:
@@ -86,10 +86,18 @@ class PathFunction:
                 f"{scan}: {self!r} reads the file itself, so volume {scan.volume} cannot be chosen for it; save that "
                 "volume as a file of its own"
             )
+        chosen = {"series": scan.series, "slices": scan.slices, "nan": scan.filled}
+        for name, value in chosen.items():
+            if value is not None:
+                raise PreprocessError(
+                    f"{scan}: {self!r} reads the file itself, so {name} {value!r} does not reach it; leave it out and "
+                    "do the same in that function, or preprocess with MONAI transforms"
+                )
+        paths = list(dict.fromkeys(path for path in scan.paths if path))
         if scan.path is None:
             raise PreprocessError(f"{self!r} reads a file, and this scan was made in memory; pass its path instead")
         try:
-            answer = self._function(scan.path)
+            answer = self._function(paths[0] if len(paths) == 1 else paths)
         except Exception as error:
             raise PreprocessError(f"{scan}: {self!r} fails: {type(error).__name__}: {error}") from error
         if not isinstance(answer, (tuple, list)) or len(answer) != 2:
@@ -130,7 +138,7 @@ class MonaiSteps:
     def __call__(self, scan: Scan) -> ModelInput:
         """The scan after every step."""
         if not self._steps:
-            return _placed(torch.from_numpy(scan.array)[None].clone(), scan.grid.affine, scan, repr(self))
+            return _placed(torch.from_numpy(scan.channels).clone(), scan.grid.affine, scan, repr(self))
         current = _meta_tensor(scan)
         for number, step in enumerate(self._steps, 1):
             current = _apply(step, f"preprocessing step {number}, {type(step).__name__},", current, scan)
@@ -142,7 +150,7 @@ def _meta_tensor(scan: Scan) -> Any:
 
     affine = torch.from_numpy(scan.grid.affine.copy())
     meta = {"original_affine": affine.clone(), "space": "RAS", "spatial_shape": np.array(scan.grid.shape)}
-    return MetaTensor(torch.from_numpy(scan.array.copy())[None], affine=affine, meta=meta)
+    return MetaTensor(torch.from_numpy(scan.channels).clone(), affine=affine, meta=meta)
 
 
 def _apply(step: Callable, name: str, before: Any, scan: Scan) -> Any:
@@ -163,7 +171,31 @@ def _apply(step: Callable, name: str, before: Any, scan: Scan) -> Any:
             f"{name} set the affine back to identity, so where its voxels lie is lost (a step written for bare arrays "
             "does that); use a MONAI transform for it, or a function that returns (tensor, affine)"
         )
+    return _nearest_put_right(step, before, after)
+
+
+def _nearest_put_right(step: Callable, before: Any, after: Any) -> Any:
+    """The place of what ``Resize`` and ``Zoom`` made by picking voxels.
+
+    MONAI states the same affine for every mode.  Yet ``nearest`` takes voxel floor(m * o / n) of o for voxel m of n,
+    on average up to half a voxel off, and ``nearest-exact`` misses the middle where o / n is even.
+    """
+    mode = str(getattr(step, "mode", "")).rpartition(".")[2].lower().replace("_", "-")
+    if type(step).__name__ not in ("Resize", "Zoom") or mode not in ("nearest", "nearest-exact"):
+        return after
+    sizes = before.shape[1:]
+    made = [int(o * z) for o, z in zip(sizes, _zooms(step), strict=True)] if hasattr(step, "zoom") else after.shape[1:]
+    shift = np.zeros(4)
+    for axis, (o, n) in enumerate(zip(sizes, made, strict=True)):
+        m = np.arange(n)
+        picked = np.floor((m + (0.5 if mode == "nearest-exact" else 0)) * o / n)
+        shift[axis] = ((picked + 0.5) * n / o - 0.5 - m).mean()  # in voxels of the result
+    after.affine[:3, 3] += (after.affine @ torch.from_numpy(shift).to(after.affine))[:3]
     return after
+
+
+def _zooms(step: Any) -> list[float]:
+    return [float(zoom) for zoom in np.broadcast_to(step.zoom, 3)]
 
 
 def _flattened(steps: Sequence[Callable]) -> Iterator[Callable]:
@@ -172,6 +204,8 @@ def _flattened(steps: Sequence[Callable]) -> Iterator[Callable]:
             yield from _flattened(step.transforms)
         else:
             _require_not_random(step)
+            if type(step).__name__ in _UNTRUE and type(step).__module__.startswith("monai."):
+                raise PreprocessError(f"{type(step).__name__} {_UNTRUE[type(step).__name__]}")
             yield step
 
 
@@ -185,10 +219,14 @@ def _require_not_random(step: Callable) -> None:
         )
 
 
+_UNTRUE = {
+    "Transpose": "moves the voxels and leaves the affine as it was; use Orientation or Rotate90 and Flip for it",
+    "GridDistortion": "bends the scan, and no affine can say where its voxels lie; leave augmentation out",
+}
 _OURS = {
     "LoadImage": "volsal reads the scan itself",
-    "EnsureChannelFirst": "the scan comes channel-first already, (1, I, J, K)",
-    "AddChannel": "the scan comes channel-first already, (1, I, J, K)",
+    "EnsureChannelFirst": "the scan comes channel-first already, (C, I, J, K)",
+    "AddChannel": "the scan comes channel-first already, (C, I, J, K)",
 }
 
 
@@ -260,15 +298,20 @@ def _require_same_anatomy(tensor: Tensor, grid: Grid, scan: Scan, how: str) -> N
     mirrored and permuted in each possible way.  If the preprocessing is sound the stated placement fits best, whatever
     was done to the intensities.
     """
-    seen = tensor.mean(0).numpy()
+    # Channels may differ in contrast, so that their mean is like none of them: the first one stands for all.
+    seen = (tensor[0] if scan.further and len(tensor) == len(scan.paths) else tensor.mean(0)).numpy()
     stride = [max(1, n // 24) for n in grid.shape]
     lattice = tuple(slice(None, None, s) for s in stride)
     shape = seen[lattice].shape
-    there = resample(scan.array, scan.grid, Grid(shape, grid.affine @ np.diag([*stride, 1.0])))
+    coarse = Grid(shape, grid.affine @ np.diag([*stride, 1.0]))
+    inner = _within(coarse, scan.grid)
+    if not inner.any():
+        return
+    there = resample(scan.array, scan.grid, coarse)[inner]
 
     def fit(order: tuple[int, ...], flips: tuple[int, ...]) -> float:
         turned = np.flip(seen.transpose(order), flips)
-        return abs(_correlation(turned[lattice], there))
+        return abs(_correlation(turned[lattice][inner], there))
 
     stated = fit((0, 1, 2), ())
     turns = [
@@ -287,6 +330,18 @@ def _require_same_anatomy(tensor: Tensor, grid: Grid, scan: Scan, how: str) -> N
             f"than where its affine places it ({stated:.2f}): a step turned the voxels and not the affine, and the map "
             "would land on the wrong side; use MONAI's Flip, Rotate90 or Orientation for it"
         )
+
+
+def _within(grid: Grid, scan: Grid) -> NDArray[np.bool_]:
+    """Voxels of ``grid`` between the outermost voxel centres of ``scan``.
+
+    What preprocessing makes up beyond them, be it 0 or the nearest value, has a shape of its own to correlate with.
+    """
+    last = np.array(scan.shape) - 1
+    reach = np.where(last > 0, 1e-6, 0.5)  # of one voxel, the whole
+    ijk = np.stack(np.meshgrid(*map(np.arange, grid.shape), indexing="ij"), axis=-1)
+    at = scan.voxel(grid.world(ijk))
+    return np.asarray(((at >= -reach) & (at <= last + reach)).all(axis=-1))
 
 
 def _correlation(a: NDArray, b: NDArray) -> float:

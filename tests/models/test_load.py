@@ -82,6 +82,7 @@ def refusals(tmp_path, factory, trained):
     poisoned["0.bias"][1] = float("nan")
     (tmp_path / "page.pt").write_text("<html>")
     (tmp_path / "page.safetensors").write_text("<html>")
+    (tmp_path / "empty.pt").touch()
     return [
         (build, saved("a.pt", renamed), "2 missing (4.weight, 4.bias); 2 not in the model (head.weight, head.bias)"),
         (
@@ -110,10 +111,14 @@ def refusals(tmp_path, factory, trained):
         ("whole_model.pt", None, "a pickled model, which is a program; name a factory"),
         ("model.onnx", None, "ONNX graph has no gradients"),
         ("model", None, "not a model volsal can load"),
+        ("weights.safetensors", None, "weights, whose architecture is missing; name a factory"),
+        (str(tmp_path), None, "a model bundle is a program"),
+        ("bundle.zip", None, "a model bundle is a program"),
+        (str(tmp_path / "empty.pt"), None, "the file is empty"),
     ]
 
 
-@pytest.mark.parametrize("number", range(19))
+@pytest.mark.parametrize("number", range(23))
 def test_refuses_in_one_line(number, tmp_path, factory, trained):
     source, weights, says = refusals(tmp_path, factory, trained)[number]
     with pytest.raises(VolsalError) as raised:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from volsal.scans import Scan, ScanError, read_scan
+from volsal.scans.write import map_header, write_map
 
 
 def rewrite(path, change):
@@ -94,6 +95,49 @@ def test_forms_that_disagree_on_left_and_right_are_refused_until_one_is_chosen(s
     assert read_scan(path, form="qform").grid.orientation == "RAS"
 
 
+def test_strict_makes_a_note_an_error(scan_file):
+    path = scan_file(affine=np.diag([2.0, 2, 2, 1]))
+    image = nib.load(path)
+    for mm, agrees in ((0.09, True), (0.11, False)):
+        shifted = np.diag([2.0, 2, 2, 1])
+        shifted[0, 3] = mm
+        image.set_sform(shifted, code=2)
+        nib.save(image, path)
+        if agrees:
+            assert read_scan(path, strict=True).notes == ()
+        else:
+            with pytest.raises(ScanError, match=r"place a corner 0\.11 mm apart \(allowed: 0\.1\).*pass --form"):
+                read_scan(path, strict=True)
+    assert read_scan(path, strict=True, form="qform").grid.affine[0, 3] == 0
+
+
+def test_a_qfac_of_0_counts_as_1(scan_file):
+    path = scan_file(affine=np.diag([2.0, 2, 2, 1]))
+    rewrite(path, lambda c: (poke(c, 254, "<i2", 0), poke(c, 76, "<f4", 0)))
+    scan = read_scan(path)
+    np.testing.assert_allclose(scan.grid.affine, np.diag([2.0, 2, 2, 1]))
+    out = path.with_name("map.nii.gz")
+    write_map(out, scan.array, map_header(scan, "x", "y", (0.0, 1.0)))
+    np.testing.assert_allclose(nib.load(out).affine, scan.grid.affine)
+
+
+@pytest.mark.parametrize("nan", [np.nan, np.inf, 1e300])
+def test_what_fills_nan_is_a_number(nan, scan_file):
+    with pytest.raises(ScanError, match="nan is the number that NaN voxels become"):
+        read_scan(scan_file(), nan=nan)
+
+
+def test_the_map_of_a_4d_file_of_one_volume_lies_on_its_grid(scan_file):
+    path = scan_file("one.nii", array=np.zeros((4, 5, 6, 1)), shape=(4, 5, 6))
+    scan = read_scan(path)
+    out = path.with_name("map.nii.gz")
+    write_map(out, scan.array, map_header(scan, "x", "y", (0.0, 1.0)))
+    back = nib.load(out)
+    assert back.shape == (4, 5, 6)
+    np.testing.assert_array_equal(back.affine, nib.load(path).affine)
+    np.testing.assert_array_equal(back.header["pixdim"][:4], nib.load(path).header["pixdim"][:4])
+
+
 def test_no_stated_orientation_is_told(scan_file):
     path = scan_file()
     image = nib.load(path)
@@ -140,7 +184,7 @@ DAMAGE = {
     "page.nii.gz": (lambda p: p.write_text("<html>404" + " " * 600), "looks like an HTML page"),
     "lfs.nii.gz": (lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\n"), "git-LFS pointer"),
     "png.nii": (lambda p: p.write_bytes(b"\x89PNG\r\n" + bytes(600)), "a PNG picture"),
-    "dicom.nii": (lambda p: p.write_bytes(bytes(128) + b"DICM" + bytes(600)), "it is a DICOM file"),
+    "dicom.nii": (lambda p: p.write_bytes(bytes(128) + b"DICM" + bytes(600)), "DICOM"),
     "cut.nii": (lambda p: p.write_bytes(p.read_bytes()[:5000]), "promises 26,880 bytes of voxels, more than"),
     "cut.nii.gz": (lambda p: p.write_bytes(p.read_bytes()[:-400]), "cut short or damaged"),
     "crc.nii.gz": (lambda p: p.write_bytes(p.read_bytes()[:-8] + bytes(4) + p.read_bytes()[-4:]), "CRC check failed"),
@@ -215,6 +259,13 @@ def test_voxels_that_are_no_numbers_are_counted_and_placed(scan_file, value):
     path = scan_file(array=array, shape=array.shape, dtype=np.float32)
     with pytest.raises(ScanError, match=r"2 of 120 voxels are NaN or infinite, the first at \(1, 2, 3\)"):
         read_scan(path)
+    scan = read_scan(path, nan=-1024)
+    assert (scan.array[1, 2, 3], scan.array[0, 0, 0], scan.filled) == (-1024, 1, -1024)
+    assert scan.notes == ("2 of 120 voxels were NaN or infinite and became -1024",)
+    assert read_scan(scan_file("sound.nii"), nan=-1024).notes == ()
+    path = scan_file("all.nii", array=np.full(array.shape, value), shape=array.shape, dtype=np.float32)
+    with pytest.raises(ScanError, match="every voxel is NaN or infinite"):
+        read_scan(path, nan=0)
 
 
 def test_a_scan_in_memory_has_three_axes():

@@ -1,3 +1,4 @@
+import gzip
 import stat
 
 import nibabel as nib
@@ -34,7 +35,6 @@ def test_the_map_has_the_scans_geometry_to_the_byte_and_nothing_else_of_its_head
     assert (written.header["cal_min"], written.header["cal_max"]) == (0, 2.5)
     assert written.header.get_intent()[::2] == ("estimate", "grad-cam")
     assert not written.header.extensions
-    import gzip
 
     everything = gzip.decompress(out.read_bytes())
     assert not any(word in everything for word in (b"DOE", b"Doe", b"1234", b"secret"))
@@ -119,3 +119,21 @@ def test_a_place_that_cannot_be_written_is_told(tmp_path):
         require_writable(tmp_path / "file" / "out")
     require_writable(tmp_path / "new")
     assert not list((tmp_path / "new").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("pixdim", [1, 0, 0, 0]), ("pixdim", [0, 2, 2, 2]), ("pixdim", [1, -2, 2, 2])]
+)
+def test_an_odd_pixdim_beside_a_sound_sform_is_written_as_it_stands(field, value, scan_file, tmp_path):
+    """nibabel mends such a header where it reads one, which is no reason to doubt what was written."""
+    path = scan_file(affine=np.diag([2.0, 2, 2, 1]))
+    content = bytearray(path.read_bytes() if path.suffix != ".gz" else gzip.decompress(path.read_bytes()))
+    content[76:92] = np.array(value, "<f4").tobytes()
+    path = tmp_path / "odd.nii"
+    path.write_bytes(content)
+    scan = read_scan(path)
+    write_map(tmp_path / "m.nii", scan.array, map_header(scan, "x", "y", (0.0, 1.0)))
+    written = gzip.decompress((tmp_path / "m.nii").read_bytes())
+    assert written[80:92] == content[80:92]
+    assert written[76:80] == np.array(value[0] or 1, "<f4").tobytes()  # 0 counts as 1
+    assert written[252:328] == content[252:328]

@@ -21,8 +21,8 @@ import torch
 from volsal.config import Config, ConfigError, FunctionSection
 from volsal.errors import VolsalError
 from volsal.explain import CASE_FILE, RESULT_VERSION, Explainer, environment
-from volsal.scans import read_scan
-from volsal.scans.find import case_ids, find_scans
+from volsal.scans import ScanError, read_case
+from volsal.scans.find import FoundCase, find_cases
 from volsal.scans.scan import file_digest
 from volsal.scans.write import WriteError, replacing, require_writable
 
@@ -33,7 +33,7 @@ class Outcome:
 
     Attributes
     ----------
-    case, scan : its id and its file
+    case, scan : its id and its file (the first channel's)
     status : ``done``, ``kept`` (an earlier run's result that still holds) or ``failed``
     error : why it failed, in one line; ``trace`` the traceback
     record : the case's ``case.json``, unless it failed
@@ -66,6 +66,7 @@ class Run:
         output: Path | None = None,
         methods: Sequence[str] | None = None,
         targets: Sequence[str] | None = None,
+        alignment: str | None = None,
     ) -> None:
         if config.scans is None:
             raise ConfigError(f"{config.path}: scans: missing; a run needs 'scans: {{folder: ...}}'")
@@ -75,36 +76,40 @@ class Run:
         self.scans = config.scans
         self.methods = methods
         self.targets = targets
+        self.alignment = alignment
         self.folder = output or config.folder / str(config.output)
         source = config.folder / config.scans.folder
         if not source.is_dir():
             raise ConfigError(f"{config.path}: scans.folder: {source} is not a folder")
-        paths = list(find_scans(source, config.scans.pattern))
-        if not paths:
-            wanted = config.scans.pattern or "*.nii, *.nii.gz or *.hdr"
-            raise ConfigError(f"{config.path}: scans.folder: no {wanted} below {source}")
-        self.cases = {case: path for path, case in case_ids(paths, source).items()}
+        self.cases, self.passed_over = find_cases(source, config.scans.pattern, config.scans.channels)
+        if not self.cases:
+            wanted = config.scans.pattern or "scan"
+            ending = f" with a name that ends in {' or '.join(config.scans.channels)}" if config.scans.channels else ""
+            raise ConfigError(f"{config.path}: scans.folder: no {wanted}{ending} below {source}")
 
     def execute(self) -> Iterator[Outcome]:
         """Explain every case; yield what became of each as it ends.
 
         The model and every setting are checked before the first scan is touched.
         """
-        explainer = Explainer.from_config(self.config, self.methods, self.targets)
+        explainer = Explainer.from_config(self.config, self.methods, self.targets, self.alignment)
         require_writable(self.folder)
         recipe = self._recipe(explainer)
         self._write_run(explainer)
-        for case, path in self.cases.items():
-            yield self._one(explainer, case, path, recipe)
+        for case, found in self.cases.items():
+            yield self._one(explainer, case, found, recipe)
 
-    def _one(self, explainer: Explainer, case: str, path: Path, recipe: dict[str, Any]) -> Outcome:
+    def _one(self, explainer: Explainer, case: str, found: FoundCase, recipe: dict[str, Any]) -> Outcome:
         clock = time.monotonic()
+        path = found.paths[0]
         try:
-            key = _digest({**recipe, "scan": file_digest(path)})
+            if found.fault:
+                raise ScanError(f"{path}: {found.fault}")
+            key = _digest({**recipe, "scan": [file_digest(file) for file in found.paths]})
             record = self.record(case)
             if record and record["provenance"].get("key") == key and self._whole(case, record):
                 return Outcome(case, path, "kept", record=record)
-            scan = read_scan(path, self.scans.volume, self.scans.form)
+            scan = read_case(found.paths, **self.scans.reading())
             explanation = explainer(scan, case)
             explanation = replace(explanation, provenance={**explanation.provenance, "key": key})
             explanation.save(self.folder)
@@ -143,7 +148,8 @@ class Run:
             "preprocess": repr(config.preprocess),
             "methods": [repr(method) for method in explainer.methods],
             "targets": [repr(target) for target in explainer.targets],
-            "scans": [self.scans.volume, self.scans.form],
+            "alignment": [self.alignment or config.alignment, repr(sorted(explainer.alignments.items(), key=repr))],
+            "scans": self.scans.reading(),
             "code": [
                 sha256((config.folder / c).read_bytes()).hexdigest() for c in codes if c.endswith((".py", ".pt2"))
             ],

@@ -26,6 +26,7 @@ _WAY = (
     "name a factory (package.module:factory or path/to/file.py:factory) with weights in .safetensors or a state_dict "
     ".pt, or export the model once with torch.export.save(torch.export.export(model, (example,)), 'model.pt2')"
 )
+_TORCHSCRIPT = "a TorchScript archive, which is a program and has no usable hooks"
 _PREFIX = "module."  # left by DataParallel
 
 
@@ -65,7 +66,7 @@ def load_model(
             path = _existing(base / weights)
             _fill(model, read_weights(path), path)
     else:
-        raise ModelError(_refusal(str(source)))
+        raise ModelError(_refusal(str(source), base / source))
     _require_finite(model, source)
     return model.eval()
 
@@ -76,7 +77,18 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _refusal(source: str) -> str:
+def _refusal(source: str, path: Path) -> str:
+    if path.is_dir() or source.endswith(".zip"):
+        return (
+            f"{source}: a model bundle is a program (its config names code to run, which takes trust), so volsal does "
+            f"not run it; {_WAY}"
+        )
+    if path.is_file() and not path.stat().st_size:
+        return f"{source}: the file is empty; fetch it again"
+    if source.endswith(".safetensors"):
+        return f"{source}: weights, whose architecture is missing; {_WAY}"
+    if path.is_file() and _is_torchscript(path):
+        return f"{source}: {_TORCHSCRIPT}; {_WAY}"
     if source.endswith((".pt", ".pth", ".ckpt", ".pkl")):
         return f"{source}: weights without an architecture, or a pickled model, which is a program; {_WAY}"
     if source.endswith(".onnx"):
@@ -108,7 +120,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         except SafetensorError as error:
             raise ModelError(f"{path}: not a sound safetensors file ({error}); fetch it again") from error
     if _is_torchscript(path):
-        raise ModelError(f"{path}: a TorchScript archive, which is a program and has no usable hooks; {_WAY}")
+        raise ModelError(f"{path}: {_TORCHSCRIPT}; {_WAY}")
     if not _is_checkpoint(path):
         raise ModelError(f"{path}: not a sound weights file (neither a zip archive nor a pickle); fetch it again")
     try:

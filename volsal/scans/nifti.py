@@ -8,23 +8,26 @@ import os
 import warnings
 import zlib
 from pathlib import Path
-from typing import IO, Any, NoReturn, cast
+from typing import IO, Any, cast
 
 import nibabel as nib
 import numpy as np
+from nibabel.arrayproxy import ArrayProxy
 from nibabel.imageglobals import LoggingOutputSuppressor
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 from numpy.typing import NDArray
 
 from volsal.grid import Grid, GridError
-from volsal.scans.scan import Scan, ScanError, file_digest, files_of
+from volsal.scans.limits import millimetres, require_room, require_spacing, rest_of
+from volsal.scans.scan import Reading, Scan, ScanError, file_digest, files_of, fill
 
 # Corner voxels of sform and qform may differ by this much before a person is told.
 _FORMS_AGREE_MM = 0.1
-_SPACING_MM = (1e-3, 100.0)
 _UNITS = {0: "unknown", 1: "metre", 2: "mm", 3: "micron"}
 _HEADER_BYTES = 560  # the longer of the two versions, and its magic
+# What stands before the voxels, and after those that the header describes, is read up to these many bytes.
+_MOST_EXTENSIONS, _MOST_LEFT = 1 << 26, 1 << 28
 _GZIP = b"\x1f\x8b"
 
 
@@ -65,98 +68,113 @@ def _magic(start: bytes) -> bytes:
     return start[344:348] if start[344:348] in (b"n+1\0", b"ni1\0") else start[4:8]
 
 
-def read(path: Path, volume: int | None = None, form: str | None = None) -> Scan:
+def read(path: Path, reading: Reading) -> Scan:
     """The scan in a NIfTI file; see :func:`volsal.scans.read_scan`.
 
     A ``.nii.gz`` is read to its end, so that its checksum is verified: a flipped bit is an error, not a voxel.
     """
-    if form not in (None, "sform", "qform"):
-        raise ScanError(f"{path}: form is 'sform' or 'qform', not {form!r}")
     try:
         with warnings.catch_warnings(), LoggingOutputSuppressor():
+            warnings.simplefilter("ignore", UserWarning)  # on the form of extensions, which nothing here reads
             warnings.simplefilter("error", RuntimeWarning)  # overflow while scaling is damage, not a remark
-            header, array, digest, left = _load(path, volume)
+            header, array, digest, left = _load(path, reading.volume)
     except ScanError:
         raise
+    except MemoryError as error:
+        raise ScanError(f"{path}: not enough memory on this machine for its voxels") from error
     except (OSError, EOFError, zlib.error) as error:
         raise ScanError(f"{path}: the file is cut short or damaged ({_first_line(error)}); fetch it again") from error
     except (HeaderDataError, WrapStructError, nib.filebasedimages.ImageFileError, ValueError, RuntimeWarning) as error:
-        reason = _first_line(error)
-        if reason.startswith("w2 should be positive"):
-            reason = "the qform's quaternion is longer than 1, so it is no rotation"
-        raise ScanError(f"{path}: the NIfTI header makes no sense ({reason})") from error
-    grid, used, notes = _place(path, header, array.shape, form)
+        raise ScanError(f"{path}: the NIfTI header makes no sense ({_first_line(error)})") from error
+    grid, used, notes = _place(path, header, array.shape, reading)
+    notes += fill(path, array, reading)
     if left:
         notes.append(f"the file holds {left:,} bytes more than its header describes: is its size in the header right?")
-    return Scan(array, grid, path, header, used, volume, digest, tuple(notes))
+    return Scan(array, grid, path, header, used, reading.volume, digest, tuple(notes), reading.nan)
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return "its quaternion is longer than 1, so it is no rotation" if line.startswith("w2 should be") else line
 
 
 def _load(path: Path, volume: int | None) -> tuple[Any, NDArray[np.float32], str, int]:
     """Header as it stands in the file, voxels, digest, and how many bytes follow the voxels.
 
-    nibabel mends what it finds odd in the header it hands out; what counts here is what the file says.
+    nibabel mends what it finds odd in the header it hands out; what counts here is what the file says.  Extensions
+    are not read: they may be of any size, and nothing here needs them.
     """
     parts = files_of(path)
     digest = file_digest(path)
-    if len(parts) == 2:
-        start = parts[0].read_bytes()[:_HEADER_BYTES]
-        image = cast(Any, nib.load(parts[0]))
-        return _as_it_stands(image, start), _voxels(path, image, volume, parts[1].stat().st_size), digest, 0
-    with path.open("rb") as raw:
+    with parts[-1].open("rb") as raw:
         zipped = raw.read(2) == _GZIP
         raw.seek(0)
         stream: IO[bytes] = cast(IO[bytes], gzip.GzipFile(fileobj=raw)) if zipped else raw
-        start = stream.read(_HEADER_BYTES)
-        stream.seek(0)
-        image = cast(Any, _image_class(start)).from_stream(stream)
-        # Deflate never shrinks below about 1 : 1032, so this bounds what the file can hold before anything is
-        # allocated for it.
-        most = os.fstat(raw.fileno()).st_size * (1100 if zipped else 1)
-        array = _voxels(path, image, volume, most)
-        stream.seek(image.dataobj.offset + math.prod(image.shape) * image.get_data_dtype().itemsize)
-        left = 0
-        while chunk := stream.read(1 << 20):  # to the end: a gzip stream's checksum stands there
-            left += len(chunk)
-    return _as_it_stands(image, start), array, digest, left
+        start = stream.read(_HEADER_BYTES) if len(parts) == 1 else _start_of(parts[0])
+        kind = cast(Any, _image_class(start)).header_class
+        block = start[: kind.template_dtype.itemsize]
+        header = kind(block)  # checked, and mended where that is possible
+        held = os.fstat(raw.fileno()).st_size
+        _require_near(path, header, held)
+        proxy = ArrayProxy(stream, kind(block, check=False), mmap=False)
+        array = _voxels(path, header, proxy, volume, held, zipped)
+        described = math.prod(proxy.shape) * proxy.dtype.itemsize
+        stream.seek(proxy.offset + described)
+        left = rest_of(path, stream, max(described, _MOST_LEFT))
+    return kind(block, check=False), array, digest, left
 
 
-def _as_it_stands(image: Any, start: bytes) -> Any:
-    kind = type(image.header)
-    return kind(start[: kind.template_dtype.itemsize], check=False)
+def _start_of(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(_HEADER_BYTES)
 
 
-def _voxels(path: Path, image: Any, volume: int | None, most_bytes: int) -> NDArray[np.float32]:
-    header, shape = image.header, image.shape
-    dtype = header.get_data_dtype()
+def _require_near(path: Path, header: Any, held: int) -> None:
+    """Refuse voxels that begin past the end of the file, or far into what it unfolds to."""
+    offset = float(header["vox_offset"])
+    if offset > max(held, _MOST_EXTENSIONS):
+        raise ScanError(f"{path}: vox_offset {offset:g} points past the file's end, so the voxels cannot be found")
+
+
+def _voxels(
+    path: Path, header: Any, proxy: ArrayProxy, volume: int | None, held: int, packed: bool
+) -> NDArray[np.float32]:
+    shape, dtype = proxy.shape, proxy.dtype
     if dtype.fields or dtype.kind not in "iuf" or dtype.itemsize > 8:
         name = header._data_type_codes.label.get(int(header["datatype"]), dtype)
         raise ScanError(f"{path}: voxels of type {name}; volsal explains one real number per voxel")
     if any(n < 1 for n in shape):
         raise ScanError(f"{path}: an axis without voxels: shape {shape}")
-    needed = math.prod(shape) * dtype.itemsize
-    if needed > most_bytes:
-        raise ScanError(f"{path}: the header promises {needed:,} bytes of voxels, more than the file can hold")
-    # nibabel clears these in the header it hands out; the proxy knows what the file says.
-    offset, slope, inter = image.dataobj.offset, image.dataobj.slope, image.dataobj.inter
-    if isinstance(image, nib.Nifti1Image) and offset < header.single_vox_offset:
+    require_room(path, shape, dtype.itemsize, held, packed)
+    offset, slope, inter = proxy.offset, proxy.slope, proxy.inter
+    if header.is_single and offset < header.single_vox_offset:
         raise ScanError(f"{path}: vox_offset {offset:g} points into the header, so the voxels cannot be found")
     if not (math.isfinite(slope) and math.isfinite(inter)):
         raise ScanError(f"{path}: scaling by slope {slope:g} and intercept {inter:g} leaves no value")
     if len(shape) == 4:
-        proxy = image.dataobj[..., _which(path, shape[3], volume)]
+        which = _which(path, shape[3], volume)
     elif len(shape) == 3:
         if volume not in (None, 0):
             raise ScanError(f"{path}: volume {volume} asked for, but the file holds one 3D volume")
-        proxy = image.dataobj[...]
+        which = 0
     else:
         raise ScanError(f"{path}: {len(shape)}D, shape {shape}; volsal explains 3D scans")
-    array = np.ascontiguousarray(proxy, dtype=np.float32)
+    array = _scaled(proxy, which)
     if min(array.shape) < 2:
         raise ScanError(f"{path}: shape {array.shape} is a single slice (2D); volsal explains volumes")
+    return array
+
+
+def _scaled(proxy: Any, which: int) -> NDArray[np.float32]:
+    """One volume's stored values times slope plus intercept, in float64 a slice at a time: never all in float64."""
+    start = proxy.offset + which * math.prod(proxy.shape[:3]) * proxy.dtype.itemsize
+    one = ArrayProxy(proxy.file_like, (proxy.shape[:3], proxy.dtype, start), mmap=False, order="F")
+    stored = one.get_unscaled()
+    if (proxy.slope, proxy.inter) == (1, 0):
+        return np.ascontiguousarray(stored, dtype=np.float32)
+    array = np.empty(stored.shape, np.float32)
+    for k in range(stored.shape[2]):
+        array[..., k] = stored[..., k] * np.float64(proxy.slope) + np.float64(proxy.inter)
     return array
 
 
@@ -171,7 +189,7 @@ def _which(path: Path, count: int, volume: int | None) -> int:
     return volume or 0
 
 
-def _place(path: Path, header: Any, shape: tuple[int, ...], form: str | None) -> tuple[Grid, str, list[str]]:
+def _place(path: Path, header: Any, shape: tuple[int, ...], reading: Reading) -> tuple[Grid, str, list[str]]:
     """The grid, which form it came from, and what to tell the reader.
 
     sform where its code is above 0, else qform, else the NIfTI fallback of pixdim about the volume's middle.
@@ -181,19 +199,17 @@ def _place(path: Path, header: Any, shape: tuple[int, ...], form: str | None) ->
         raise ScanError(
             f"{path}: its unit of length is {_UNITS.get(units, units)}, and volsal works in mm; convert the header"
         )
-    grids = _stated_grids(path, header, shape, form, notes)
+    grids = _stated_grids(path, header, shape, reading.form, notes)
     used = next(iter(grids), "none")
     if used == "none":
         grids["none"] = Grid(shape, header.get_base_affine())
         notes.append("the file states no orientation (sform and qform code 0): left and right are a guess")
     if len(grids) == 2:
-        notes += _compare(path, grids["sform"], grids["qform"])
-    spacing = grids[used].spacing
-    if spacing.min() < _SPACING_MM[0] or spacing.max() > _SPACING_MM[1]:
-        _absurd(path, spacing)
+        notes += _compare(path, grids["sform"], grids["qform"], reading.strict)
+    spacing = require_spacing(path, grids[used])
     pixdim = np.asarray(header["pixdim"][1:4], dtype=float)
     if used != "qform" and not np.allclose(pixdim, spacing, rtol=0.01):
-        notes.append(f"pixdim says {_mm(pixdim)}, the {used} in use {_mm(spacing)}: the {used} counts")
+        notes.append(f"pixdim says {millimetres(pixdim)}, the {used} in use {millimetres(spacing)}: the {used} counts")
     return grids[used], used, notes
 
 
@@ -219,11 +235,14 @@ def _stated_grids(
 def _qform(header: Any) -> NDArray[np.float64]:
     pixdim = np.asarray(header["pixdim"][1:4], dtype=float)
     if not (pixdim > 0).all():
-        raise ValueError(f"pixdim says voxels of {_mm(pixdim)}")
+        raise ValueError(f"pixdim says voxels of {millimetres(pixdim)}")
+    if header["pixdim"][0] == 0:  # the standard's qfac: 0 counts as 1
+        header = header.copy()
+        header["pixdim"][0] = 1
     return header.get_qform()
 
 
-def _compare(path: Path, sform: Grid, qform: Grid) -> list[str]:
+def _compare(path: Path, sform: Grid, qform: Grid, strict: bool) -> list[str]:
     if sform.orientation != qform.orientation:
         raise ScanError(
             f"{path}: sform says {sform.orientation}, qform says {qform.orientation}: the two disagree on the "
@@ -232,13 +251,9 @@ def _compare(path: Path, sform: Grid, qform: Grid) -> list[str]:
     apart = sform.distance_mm(qform)
     if apart <= _FORMS_AGREE_MM:
         return []
+    if strict:
+        raise ScanError(
+            f"{path}: sform and qform place a corner {apart:.3g} mm apart (allowed: {_FORMS_AGREE_MM:g}); find out "
+            "which is right and pass --form sform or --form qform"
+        )
     return [f"sform and qform place a corner {apart:.3g} mm apart; the sform was used (--form qform for the other)"]
-
-
-def _absurd(path: Path, spacing: NDArray[np.float64]) -> NoReturn:
-    low, high = _SPACING_MM
-    raise ScanError(f"{path}: voxels of {_mm(spacing)}; expected between {low:g} and {high:g} mm: check the unit")
-
-
-def _mm(lengths: NDArray[np.float64]) -> str:
-    return " x ".join(f"{mm:.4g}" for mm in lengths) + " mm"

@@ -14,6 +14,9 @@ from numpy.typing import ArrayLike, NDArray
 from volsal.errors import VolsalError
 from volsal.grid import Grid
 
+# Channels whose corner voxels lie this near to each other, mm, count as lying on one grid.
+ON_ONE_GRID_MM = 0.1
+
 
 class ScanError(VolsalError, ValueError):
     """A scan cannot be read, or what it holds cannot be explained without guessing."""
@@ -37,6 +40,9 @@ class Scan:
     volume : index along the fourth axis of the file; None for a 3D file
     sha256 : digest of the file's bytes, hexadecimal
     notes : what a reader of the result should know about the file, in words
+    filled : what NaN and infinite voxels of the file became; None where the file was not asked to hold any
+    series, slices : the choices by which a DICOM folder was read again the same way, as in :class:`Reading`
+    further : the case's further channels (other sequences of one patient), scans on the same grid, in the model's order
     """
 
     array: NDArray[np.float32]
@@ -47,20 +53,40 @@ class Scan:
     volume: int | None = None
     sha256: str | None = None
     notes: tuple[str, ...] = field(default=())
+    filled: float | None = None
+    series: str | None = None
+    slices: str | None = None
+    further: tuple[Scan, ...] = field(default=())
 
     def __post_init__(self) -> None:
         if self.array.shape != self.grid.shape:
             raise ScanError(f"{self}: the array is {self.array.shape}, its grid {self.grid.shape}")
+        for scan in self.further:
+            if scan.grid is not self.grid and not scan.grid.same_as(self.grid, ON_ONE_GRID_MM):
+                raise ScanError(f"{scan}: not on the voxels of {self}, the case's first channel; see read_case")
         finite = np.isfinite(self.array)
         if not finite.all():
             bad = np.argwhere(~finite)
             raise ScanError(
                 f"{self}: {len(bad):,} of {self.array.size:,} voxels are NaN or infinite, the first at "
-                f"{tuple(int(i) for i in bad[0])}; a model's answer to them means nothing, so fill them first"
+                f"{tuple(int(i) for i in bad[0])}; a model's answer to them means nothing: fill them, or say with "
+                "what (--nan)"
             )
 
     def __str__(self) -> str:
         return str(self.path) if self.path else "scan in memory"
+
+    @property
+    def channels(self) -> NDArray[np.float32]:
+        """(C, I, J, K): this scan's voxels and those of its further channels; a copy, unless there is one channel."""
+        if not self.further:
+            return self.array[None]
+        return np.stack([self.array, *(scan.array for scan in self.further)])
+
+    @property
+    def paths(self) -> tuple[Path | None, ...]:
+        """The path of every channel."""
+        return (self.path, *(scan.path for scan in self.further))
 
     @classmethod
     def from_array(cls, array: ArrayLike, affine: ArrayLike) -> Scan:
@@ -71,35 +97,104 @@ class Scan:
         return cls(values, Grid(values.shape, affine))
 
 
-def read_scan(path: str | Path, volume: int | None = None, form: str | None = None) -> Scan:
-    """Read a scan file.
+@dataclass(frozen=True)
+class Reading:
+    """How scan files are read, where a file leaves a choice.
+
+    Attributes
+    ----------
+    volume : which volume of a 4D file, from 0.  A 4D file without it is refused rather than guessed at
+    form : "sform" or "qform", to choose where a NIfTI file's two affines disagree
+    strict : refuse a file whose two affines lie more than 0.1 mm apart, instead of noting it
+    nan : what NaN and infinite voxels become.  A file that holds some is refused where this is None
+    series : which series of a DICOM folder: a SeriesInstanceUID, its number in ``volsal series FOLDER``, or a part of
+        its description.  A folder with several is refused without it
+    slices : "resample" accepts DICOM slices at uneven distances and interpolates between them; None refuses them
+    """
+
+    volume: int | None = None
+    form: str | None = None
+    strict: bool = False
+    nan: float | None = None
+    series: str | None = None
+    slices: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.slices not in (None, "resample"):
+            raise ScanError(f"slices is 'resample' or left out, not {self.slices!r}")
+        if self.form not in (None, "sform", "qform"):
+            raise ScanError(f"form is 'sform' or 'qform', not {self.form!r}")
+        if self.nan is not None and not abs(self.nan) <= float(np.finfo(np.float32).max):
+            raise ScanError(f"nan is the number that NaN voxels become, not {self.nan!r}")
+
+
+def read_scan(
+    path: str | Path,
+    volume: int | None = None,
+    form: str | None = None,
+    strict: bool = False,
+    nan: float | None = None,
+    series: str | int | None = None,
+    slices: str | None = None,
+) -> Scan:
+    """Read a scan file, or a DICOM series.
 
     Parameters
     ----------
-    path : a NIfTI-1 or NIfTI-2 file: .nii, .nii.gz, or .hdr/.img
-    volume : which volume of a 4D file, from 0.  A 4D file without it is refused rather than guessed at
-    form : "sform" or "qform", to choose where a file's two affines disagree
+    path : a NIfTI-1 or NIfTI-2 file (.nii, .nii.gz, .hdr/.img), NRRD (.nrrd, .nhdr) or MetaImage (.mha, .mhd); or a
+        DICOM folder, or one of a series' files
+    volume, form, strict, nan, series, slices : as in :class:`Reading`
 
     Raises
     ------
     ScanError
         Naming the file, what was found, and what to do.
     """
-    from volsal.scans import nifti
+    from volsal.scans import dicom, metaimage, nifti, nrrd
 
-    readers: list[tuple[Callable[[Path], bool], Callable[..., Scan]]] = [(nifti.sniff, nifti.read)]
+    reading = Reading(volume, form, strict, nan, None if series is None else str(series), slices)
+    readers: list[tuple[Callable[[Path], bool], Callable[[Path, Reading], Scan]]] = [
+        (nifti.sniff, nifti.read),
+        (nrrd.sniff, nrrd.read),
+        (metaimage.sniff, metaimage.read),
+        (dicom.sniff, dicom.read),
+    ]
     path = Path(path)
-    _require_regular_file(path)
+    if path.is_dir() and dicom.sniff(path):
+        return dicom.read(path, reading)
+    require_regular_file(path)
     for sniff, read in readers:
         if sniff(path):
-            return read(path, volume=volume, form=form)
-    raise ScanError(f"{path}: not a NIfTI file{_what_it_looks_like(path)}; volsal reads .nii, .nii.gz and .hdr/.img")
+            return read(path, reading)
+    raise ScanError(
+        f"{path}: not a NIfTI file{_what_it_looks_like(path)}; volsal reads .nii, .nii.gz, .hdr/.img, .nrrd, .nhdr, "
+        ".mha, .mhd and DICOM"
+    )
+
+
+def fill(path: Path, array: NDArray[np.float32], reading: Reading) -> list[str]:
+    """Put ``reading.nan`` where ``array`` is NaN or infinite, in place; return what to tell the reader of a result."""
+    if reading.nan is None:
+        return []
+    bad = ~np.isfinite(array)
+    count = int(bad.sum())
+    if count == array.size:
+        raise ScanError(f"{path}: every voxel is NaN or infinite, so there is nothing left to explain")
+    array[bad] = reading.nan
+    return [f"{count:,} of {array.size:,} voxels were NaN or infinite and became {reading.nan:g}"] if count else []
 
 
 def files_of(path: Path) -> list[Path]:
-    """The files that make up the scan at ``path``: header and voxels of a .hdr/.img pair, else the one file."""
+    """The files that make up the scan at ``path``.
+
+    Header and voxels of a .hdr/.img pair or of an .nhdr or .mhd, every DICOM file of a folder, else the one file.
+    """
+    if path.is_dir():
+        from volsal.scans import dicom
+
+        return dicom.files(path)
     if path.suffix.lower() not in (".hdr", ".img"):
-        return [path]
+        return _header_and_data(path)
     parts = [path.with_suffix(".hdr"), path.with_suffix(".img")]
     for part in parts:
         if not part.is_file():
@@ -107,9 +202,22 @@ def files_of(path: Path) -> list[Path]:
     return parts
 
 
+def _header_and_data(path: Path) -> list[Path]:
+    from volsal.scans import metaimage, nrrd
+
+    for kind in (nrrd, metaimage):
+        if path.is_file() and kind.sniff(path):
+            return kind.files(path)
+    return [path]
+
+
 def file_digest(path: Path) -> str:
-    """SHA-256 of the bytes of the scan's file or files, hexadecimal."""
-    _require_regular_file(path)
+    """SHA-256 of the bytes of the scan's file or files, hexadecimal; of a folder, over its DICOM files' digests."""
+    if path.is_dir() and (parts := files_of(path)):
+        from volsal.scans import dicom
+
+        return dicom.digest(parts)
+    require_regular_file(path)
     digest = sha256()
     for part in files_of(path):
         with part.open("rb") as file:
@@ -118,7 +226,8 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _require_regular_file(path: Path) -> None:
+def require_regular_file(path: Path) -> None:
+    """Raise :class:`ScanError` unless ``path`` is a file with bytes in it; without opening it."""
     # Before any open(): a named pipe would block for ever, /dev/zero would never end.
     try:
         if path.is_dir():
@@ -138,8 +247,8 @@ _SIGNATURES = {
     b"\x89PNG": "a PNG picture",
     b"\xff\xd8\xff": "a JPEG picture",
     b"PK\x03\x04": "a zip archive",
-    b"NRRD": "an NRRD file",
-    b"ObjectType": "a MetaImage header",
+    b"NRRD": "an NRRD file of a version volsal does not know",
+    b"ObjectType": "a damaged MetaImage header",
     b"version https://git-lfs": "a git-LFS pointer, not the file itself (run `git lfs pull`)",
     b"<!DOCTYPE": "an HTML page (a failed download?)",
     b"<!doctype": "an HTML page (a failed download?)",
@@ -149,9 +258,7 @@ _SIGNATURES = {
 
 def _what_it_looks_like(path: Path) -> str:
     with path.open("rb") as file:
-        head = file.read(132)
-    if head[128:132] == b"DICM":
-        return "; it is a DICOM file (convert the series with dcm2niix first)"
+        head = file.read(32)
     for signature, name in _SIGNATURES.items():
         if head.startswith(signature):
             return f"; it looks like {name}"

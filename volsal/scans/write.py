@@ -12,16 +12,21 @@ from typing import Any, cast
 
 import nibabel as nib
 import numpy as np
+from nibabel.imageglobals import LoggingOutputSuppressor
 from numpy.typing import NDArray
 
 from volsal.errors import VolsalError
-from volsal.scans.scan import Scan
+from volsal.grid import Grid
+from volsal.scans.scan import Scan, ScanError
 
 # What places a volume, and nothing else: descriptions, names and extensions may hold personal data.
 GEOMETRY_FIELDS = (
     "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z",
     "srow_x", "srow_y", "srow_z", "xyzt_units",
 )  # fmt: skip
+
+
+_ESTIMATE = 1001  # NIfTI's intent code of a map
 
 
 class WriteError(VolsalError, OSError):
@@ -78,11 +83,14 @@ def map_header(scan: Scan, intent: str, description: str, window: tuple[float, f
     header.set_data_dtype(np.float32)
     header.set_data_shape(scan.grid.shape)
     if scan.header is None:
-        header.set_qform(scan.grid.affine, code=1, strip_shears=True)
         header.set_sform(scan.grid.affine, code=1)
+        header.set_zooms(scan.grid.spacing)
+        if _is_orthogonal(scan.grid):  # a quaternion cannot hold a shear: better no qform than one that is elsewhere
+            header.set_qform(scan.grid.affine, code=1, strip_shears=True)
         header.set_xyzt_units("mm")
     else:
         header["pixdim"][:4] = scan.header["pixdim"][:4]
+        header["pixdim"][0] = header["pixdim"][0] or 1  # the sign of the third axis: 0 counts as 1 by the standard
         for name in GEOMETRY_FIELDS:
             header[name] = scan.header[name]
         header["xyzt_units"] = int(scan.header["xyzt_units"]) & 7  # the unit of length; a map has no time axis
@@ -90,6 +98,23 @@ def map_header(scan: Scan, intent: str, description: str, window: tuple[float, f
     header["descrip"] = description[:79].encode("ascii", "replace")
     header["cal_min"], header["cal_max"] = window
     return header
+
+
+def refuse_own_map(scan: Scan) -> None:
+    """Raise :class:`ScanError` for a map that volsal wrote: one left among the inputs would be taken for a scan."""
+    header = scan.header
+    if header is None or "descrip" not in header or int(header["intent_code"]) != _ESTIMATE:
+        return
+    if bytes(header["descrip"].tobytes()).startswith(b"volsal "):
+        raise ScanError(f"{scan}: a map that volsal wrote, not a scan; move it out of the scans' folder")
+
+
+def _is_orthogonal(grid: Grid) -> bool:
+    """Whether a quaternion places every corner where the affine does, to a hundredth of a millimetre."""
+    header = nib.Nifti1Header()
+    header.set_data_shape(grid.shape)
+    header.set_qform(grid.affine, code=1, strip_shears=True)
+    return grid.distance_mm(Grid(grid.shape, header.get_qform())) < 0.01
 
 
 def write_map(path: Path, values: NDArray[np.float32], header: Any) -> None:
@@ -103,6 +128,8 @@ def write_map(path: Path, values: NDArray[np.float32], header: Any) -> None:
     version = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
     # affine=None keeps both forms and their codes to the bit; passing the affine would rewrite them.
     image = cast(Any, version)(np.asarray(values, dtype=np.float32), None, header)
+    for name in (*GEOMETRY_FIELDS, "pixdim"):  # nibabel mends what is odd in a scan's header; the map has it as it is
+        image.header[name] = header[name]
     with replacing(path) as temporary:
         with temporary.open("wb") as raw, gzip.GzipFile("", "wb", compresslevel=1, fileobj=raw, mtime=0) as file:
             image.to_stream(file)
@@ -111,12 +138,14 @@ def write_map(path: Path, values: NDArray[np.float32], header: Any) -> None:
 
 def _verify(path: Path, written: Path, values: NDArray[np.float32], header: Any) -> None:
     with gzip.open(written, "rb") as file:
-        image = cast(Any, nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image).from_stream(
-            file
-        )
-        back = np.asanyarray(image.dataobj)
+        # As it stands: where the scan's header is odd (a pixdim of 0 beside a sound sform) nibabel would mend it.
+        stored = type(header)(file.read(header.template_dtype.itemsize), check=False)
+        file.seek(0)
+        with LoggingOutputSuppressor():
+            image = cast(Any, nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image)
+            back = np.asanyarray(image.from_stream(file).dataobj)
     for name in (*GEOMETRY_FIELDS, "pixdim", "dim", "cal_min", "cal_max"):
-        if not np.array_equal(image.header[name], header[name], equal_nan=name not in ("dim",)):
-            raise WriteError(f"{path}: {name} was read back as {image.header[name]}, not {header[name]}")
+        if not np.array_equal(stored[name], header[name], equal_nan=name not in ("dim",)):
+            raise WriteError(f"{path}: {name} was read back as {stored[name]}, not {header[name]}")
     if not np.array_equal(back, values):
         raise WriteError(f"{path}: the voxels read back are not the ones written; is the disk sound?")

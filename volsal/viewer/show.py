@@ -20,6 +20,7 @@ from volsal.display import PLANES, PlaneName, Upright, in_words, letters, limits
 from volsal.errors import VolsalError
 from volsal.grid import GridError
 from volsal.scans import Scan, read_scan
+from volsal.scans.dicom import sniff as sniff_dicom
 from volsal.viewer.layers import map_layer, napari_world, scan_layer, true_world
 
 # Maps are written with the scan's geometry to the bit; a hundredth of a millimetre is room for other tools' rounding.
@@ -159,7 +160,8 @@ def open_case(
         Where a file cannot be read.
     """
     path = Path(path)
-    scan, shown, peak = _read_case(path, maps) if path.is_dir() else _read_files(path, maps)
+    is_case = path.is_dir() and ((path / "case.json").exists() or not sniff_dicom(path))
+    scan, shown, peak = _read_case(path, maps) if is_case else _read_files(path, maps)
     return show(scan, shown, convention=convention, at_mm=peak if at_mm is None else at_mm, block=block)
 
 
@@ -213,7 +215,8 @@ def _case_scan(folder: Path, said: Mapping[str, Any]) -> Scan:
     if path is None:
         raise ViewerError(f"{folder}: its scan {said['path']} is not there any more; name the scan and the map files")
     form = said["form"] if said["form"] in ("sform", "qform") else None
-    return read_scan(path, volume=said["volume"], form=form)
+    choices: dict[str, Any] = {name: said.get(name) for name in ("nan", "series", "slices")}
+    return read_scan(path, volume=said["volume"], form=form, **choices)
 
 
 def _case_map(scan: Scan, folder: Path, entry: Mapping[str, Any]) -> ShownMap:
