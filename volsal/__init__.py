@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from volsal.grid import Grid
     from volsal.models import load_model
     from volsal.resampling import resample
-    from volsal.scans import Scan, read_scan
+    from volsal.scans import Scan, read_case, read_scan
 
 # The module that each public name is defined in.  Importing them on first use keeps `volsal --help` at a quarter of a
 # second; torch alone takes two.
@@ -45,7 +45,7 @@ _HOMES = {
     "volsal.grid": ("Grid",),
     "volsal.models": ("load_model",),
     "volsal.resampling": ("resample",),
-    "volsal.scans": ("Scan", "read_scan"),
+    "volsal.scans": ("Scan", "read_case", "read_scan"),
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -69,6 +69,7 @@ __all__ = [
     "list_layers",
     "load_config",
     "load_model",
+    "read_case",
     "read_scan",
     "resample",
 ]

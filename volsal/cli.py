@@ -11,7 +11,7 @@ import shlex
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from volsal.audit.geometry import GeometryReport
     from volsal.batch import Outcome, Run
     from volsal.config import Config
     from volsal.explain import Explanation
@@ -51,6 +52,9 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 ConfigOption = Annotated[
     Path, typer.Option("--config", "-c", help="YAML file that names the model and its preprocessing; see configs/.")
 ]
+ConfigArgument = Annotated[
+    Path, typer.Argument(help="YAML file that names the model and its preprocessing; see configs/.")
+]
 MethodOption = Annotated[
     list[str] | None,
     typer.Option("--method", "-m", help="A method, e.g. grad-cam; repeat for several. Replaces the config's."),
@@ -64,7 +68,36 @@ TargetOption = Annotated[
         "Repeat for several. Replaces the config's.",
     ),
 ]
-VolumeOption = Annotated[int | None, typer.Option(min=0, help="Which volume of a 4D file, counted from 0.")]
+VolumeOption = Annotated[
+    str | None,
+    typer.Option(help="Which volume of a 4D file, counted from 0; all: its volumes are the model's channels."),
+]
+StrictOption = Annotated[
+    bool, typer.Option("--strict-geometry", help="Refuse a file whose two geometries lie more than 0.1 mm apart.")
+]
+NanOption = Annotated[
+    float | None, typer.Option("--nan", help="What NaN voxels become, e.g. -1024; files that hold some are refused.")
+]
+SeriesOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Which series of a DICOM folder: its number or UID in `volsal series`, or a part of its description."
+    ),
+]
+SlicesOption = Annotated[
+    Literal["resample"] | None,
+    typer.Option(help="resample: accept DICOM slices at uneven distances, and interpolate between them."),
+]
+RegridOption = Annotated[
+    bool, typer.Option("--regrid", help="Bring channels to the first one's voxels where they lie elsewhere.")
+]
+AlignmentOption = Annotated[
+    Literal["auto", "half-pixel", "nominal", "measured", "flip-average"] | None,
+    typer.Option(
+        help="Where a layer's cells lie on the model's input: by custom, by the architecture, or as measured. "
+        "auto is measured, or half-pixel with a note where that fails. Replaces the config's."
+    ),
+]
 FormOption = Annotated[
     Literal["sform", "qform"] | None,
     typer.Option(help="sform or qform: which of a file's two geometries, where they disagree."),
@@ -147,13 +180,25 @@ def _options(
 @app.command()
 @_explained
 def explain(
-    scan: Annotated[Path, typer.Argument(help="The scan: .nii, .nii.gz, or .hdr/.img.")],
+    scan: Annotated[
+        list[Path],
+        typer.Argument(
+            help="The scan: .nii, .nii.gz, .hdr/.img, .nrrd, .nhdr, .mha, .mhd, or a DICOM folder. Several are the "
+            "channels of ONE case, in the model's order; for many cases see `volsal run`."
+        ),
+    ],
     config: ConfigOption,
     method: MethodOption = None,
     target: TargetOption = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("volsal-out"),
+    alignment: AlignmentOption = None,
     volume: VolumeOption = None,
     form: FormOption = None,
+    strict: StrictOption = False,
+    nan: NanOption = None,
+    regrid: RegridOption = False,
+    series: SeriesOption = None,
+    slices: SlicesOption = None,
     case: Annotated[
         str | None, typer.Option(help="Name of the result; made from the file's name if not given.")
     ] = None,
@@ -161,22 +206,32 @@ def explain(
     """Explain one scan: overlay volumes on its own voxels, and a JSON record beside them."""
     from volsal.config import load_config
     from volsal.explain import Explainer
-    from volsal.scans import read_scan
+    from volsal.scans import read_case
     from volsal.scans.find import case_id
     from volsal.scans.write import require_writable
 
     settings = _load(load_config(config))
-    section = settings.scans
-    read = read_scan(
-        scan,
-        volume if volume is not None else (section.volume if section else None),
-        form or (section.form if section else None),
-    )
-    explainer = Explainer.from_config(settings, method, target)
+    given = {"volume": _volume(volume), "form": form, "strict": strict or None, "nan": nan, "regrid": regrid or None}
+    read = read_case(scan, **_reading(settings, **given, series=series, slices=slices))
+    explainer = Explainer.from_config(settings, method, target, alignment)
     require_writable(output)
     explanation = explainer(read, case_id(Path(case)) if case else None)
     home = explanation.save(output)
     _report(explanation, home)
+
+
+def _volume(text: str | None) -> int | Literal["all"] | None:
+    if text is None or text == "all":
+        return text  # type: ignore[return-value]
+    if not text.isdecimal():
+        raise typer.BadParameter(f"--volume {text!r}: expected a number from 0, or all")
+    return int(text)
+
+
+def _reading(config: Config, **given: Any) -> dict[str, Any]:
+    """How scans are read: as the config says, but for what was given on the command line."""
+    configured = config.scans.reading() if config.scans else {}
+    return {**configured, **{name: value for name, value in given.items() if value is not None}}
 
 
 def _load(config: Config) -> Config:
@@ -210,8 +265,9 @@ def _report(explanation: Explanation, home: Path) -> None:
     scan, shown = (shlex.quote(str(path)) for path in (explanation.scan, home / first.file_name(explanation.case)))
     say("look at it:")
     say(f"  volsal view {shlex.quote(str(home))}")
-    say(f"  fsleyes {scan} {shown} -cm red-yellow -dr {first.window[1] / 5:.3g} {first.window[1]:.3g} -a 70")
-    say(f"  itksnap -g {scan} -o {shown}")
+    if explanation.scan.header is not None:  # they open NIfTI; a DICOM folder is no argument for them
+        say(f"  fsleyes {scan} {shown} -cm red-yellow -dr {first.window[1] / 5:.3g} {first.window[1]:.3g} -a 70")
+        say(f"  itksnap -g {scan} -o {shown}")
 
 
 @app.command()
@@ -221,6 +277,7 @@ def run(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Run folder. Replaces the config's.")] = None,
     method: MethodOption = None,
     target: TargetOption = None,
+    alignment: AlignmentOption = None,
 ) -> None:
     """Explain every scan of a folder. Run it again to do what is missing; a bad scan does not stop the others.
 
@@ -229,8 +286,10 @@ def run(
     from volsal.batch import Run
     from volsal.config import load_config
 
-    work = Run(_load(load_config(config)), output, method, target)
+    work = Run(_load(load_config(config)), output, method, target, alignment)
     say(f"{len(work.cases)} scans below {work.config.folder / work.scans.folder}; results go to {work.folder}")
+    if work.passed_over:
+        say(f"{work.passed_over} scan files passed over: their names end in none of {', '.join(work.scans.channels)}")
     outcomes = list(_watched(work))
     table = work.write_table(outcomes)
     _summary(outcomes, table)
@@ -293,10 +352,14 @@ def _summary(outcomes: list[Outcome], csv: Path) -> None:
 @_explained
 def layers(
     config: ConfigOption,
-    scan: Annotated[Path | None, typer.Argument(help="A scan to run through the model.")] = None,
+    scan: Annotated[
+        list[Path] | None, typer.Argument(help="A scan (or its channels' files) to run through the model.")
+    ] = None,
     shape: Annotated[
         str | None, typer.Option(help="Instead of a scan: the model input's size, as 1,96,96,96 (channels first).")
     ] = None,
+    series: SeriesOption = None,
+    slices: SlicesOption = None,
 ) -> None:
     """List the layers that could carry a map, with shape, stride and memory, and the one taken by default."""
     from volsal.attribution import LayerError, default_layer, list_layers
@@ -305,7 +368,10 @@ def layers(
 
     settings = _load(load_config(config))
     explainer = Explainer.from_config(settings)
-    tensor = explainer.model_input(_a_scan(settings, scan)) if shape is None else explainer.blank_input(_shape(shape))
+    if shape is None:
+        tensor = explainer.model_input(_a_scan(settings, scan, series, slices))
+    else:
+        tensor = explainer.blank_input(_shape(shape))
     try:
         chosen = default_layer(explainer.model, tensor)
     except LayerError as error:
@@ -332,17 +398,18 @@ def layers(
     out.print(table)
 
 
-def _a_scan(config: Config, scan: Path | None) -> Any:
+def _a_scan(config: Config, scans: list[Path] | None, series: str | None, slices: str | None) -> Any:
     from volsal.config import ConfigError
-    from volsal.scans import read_scan
-    from volsal.scans.find import find_scans
+    from volsal.scans import read_case
+    from volsal.scans.find import find_cases
 
     section = config.scans
-    if scan is None and section is not None:
-        scan = next(find_scans(config.folder / section.folder, section.pattern), None)
-    if scan is None:
+    if not scans and section is not None:
+        cases, _ = find_cases(config.folder / section.folder, section.pattern, section.channels)
+        scans = next((list(case.paths) for case in cases.values() if not case.fault), None)
+    if not scans:
         raise ConfigError(f"{config.path}: name a scan or give --shape, so that the model can be run once")
-    return read_scan(scan, section.volume if section else None, section.form if section else None)
+    return read_case(scans, **_reading(config, series=series, slices=slices))
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -350,6 +417,175 @@ def _shape(text: str) -> tuple[int, ...]:
     if len(parts) != 4 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
         raise typer.BadParameter(f"{text!r}: expected channels and three sizes, as in 1,96,96,96")
     return tuple(int(part) for part in parts)
+
+
+@app.command()
+@_explained
+def series(
+    folder: Annotated[Path, typer.Argument(help="A DICOM folder, or one of a series' files.")],
+) -> None:
+    """List the DICOM series of a folder, with what `--series` calls them, and whether each can be read.
+
+    Descriptions are shown as they stand in the files and may name a person; volsal writes them nowhere else.
+    """
+    from volsal.scans.dicom import list_series
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("", "modality", "slices", "columns x rows", "spacing (mm)", "description", "UID", "can be read"):
+        table.add_column(column, overflow="fold")
+    for entry in list_series(folder):
+        spacing = " x ".join(f"{mm:.3g}" for mm in entry.spacing) if entry.spacing else "-"
+        table.add_row(
+            str(entry.number),
+            cell(entry.modality),
+            str(entry.slices),
+            f"{entry.columns} x {entry.rows}",
+            spacing,
+            cell(f"{entry.description} ({entry.part})" if entry.part else entry.description),
+            cell(entry.uid),
+            cell(f"no: {entry.problem}" if entry.problem else "yes"),
+        )
+    out.print(table)
+
+
+@app.command()
+@_explained
+def align(
+    config: ConfigArgument,
+    scans: Annotated[list[Path] | None, typer.Argument(help="Scans to measure on; else some of the config's.")] = None,
+    number: Annotated[int, typer.Option("--number", "-n", min=1, help="How many of the config's scans.")] = 12,
+    method: MethodOption = None,
+    target: TargetOption = None,
+) -> None:
+    """Measure where the cells of a layer look, on a handful of scans, and keep it beside the config.
+
+    No masks are needed. Later commands with this config use what was measured, as long as weights, method, layer and
+    input size stay the same.
+    """
+    from volsal.alignments import beside
+    from volsal.config import load_config
+    from volsal.explain import Explainer
+    from volsal.scans import read_case
+
+    settings = _load(load_config(config))
+    explainer = Explainer.from_config(settings, method, target)
+    chosen = _some_cases(settings, scans, number)
+    measured = explainer.measure(read_case(paths, **_reading(settings)) for paths in chosen)
+    measured.write(beside(config))
+    table = Table(box=None, pad_edge=False)
+    for column in ("method", "layer", "target", "input", "stride", "half-pixel", "measured (voxels)", "scans"):
+        table.add_column(column, overflow="fold")
+    for key, found in measured.items():
+        if key.weights == explainer.weights_sha256:
+            error = found.uncertainty or (float("nan"),) * len(found.offset)
+            table.add_row(
+                key.method,
+                cell(key.layer),
+                cell(key.target),
+                " x ".join(map(str, key.size)),
+                " ".join(f"{step:.3g}" for step in found.stride),
+                " ".join(f"{(abs(step) - 1) / 2:.3g}" for step in found.stride),
+                "  ".join(f"{x:.2f} \u00b1 {se:.2f}" for x, se in zip(found.offset, error, strict=True)),
+                str(found.scans),
+            )
+    say("offset of a layer's first cell on the model's input, along its axes, \u00b1 standard error:")
+    out.print(table)
+    say(f"written to {beside(config)}; it is used from now on")
+
+
+def _some_cases(config: Config, scans: list[Path] | None, number: int) -> list[Sequence[Path]]:
+    """The files of each scan named, or of up to ``number`` of the config's cases, evenly spread."""
+    if scans:
+        return [[scan] for scan in scans]
+    from volsal.config import ConfigError
+    from volsal.scans.find import find_cases
+
+    section = config.scans
+    if section is None:
+        raise ConfigError(f"{config.path}: name some scans, here or under 'scans', to measure on")
+    cases, _ = find_cases(config.folder / section.folder, section.pattern, section.channels)
+    whole: list[Sequence[Path]] = [case.paths for case in cases.values() if not case.fault]
+    step = max(1, len(whole) // number)
+    return whole[::step][:number]
+
+
+@app.command("check-geometry")
+@_explained
+def check_geometry(
+    config: ConfigArgument,
+    scan: Annotated[
+        list[Path] | None, typer.Argument(help="A scan (or its channels' files) to plant impulses in.")
+    ] = None,
+    method: MethodOption = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the figures here, as JSON.")] = None,
+    tolerance: Annotated[
+        float, typer.Option(min=0, help="What preprocessing and the way home may be off by, in model voxels.")
+    ] = 0.5,
+    series: SeriesOption = None,
+    slices: SlicesOption = None,
+) -> None:
+    """Plant impulses at known places in a scan, and say how far they land from there, stage by stage.
+
+    Through the config's own preprocessing, on the way back to the scan, and in the cells of each layer a map is taken
+    at, under each alignment rule. Exit status 1 where the first two are off by more than the tolerance.
+    """
+    from volsal.audit.geometry import check_geometry as check
+    from volsal.config import load_config
+    from volsal.explain import Explainer
+
+    settings = _load(load_config(config))
+    explainer = Explainer.from_config(settings, method)
+    report = check(explainer, _a_scan(settings, scan, series, slices))
+    table = Table(box=None, pad_edge=False)
+    for column in (
+        "stage",
+        "mean R, A, S (mm)",
+        "mean D, H, W (voxels)",
+        "distance (mm): mean",
+        "largest",
+        "cell (mm)",
+    ):
+        table.add_column(column, overflow="fold")
+    for stage in report.stages:
+        figures = stage.describe()
+        table.add_row(
+            cell(stage.name),
+            ", ".join(f"{mm:+.2f}" for mm in figures["mean_mm"]),
+            ", ".join(f"{voxels:+.2f}" for voxels in figures["mean_voxels"]),
+            f"{figures['mean_distance_mm']:.2f}",
+            f"{figures['largest_distance_mm']:.2f}",
+            " x ".join(f"{mm:.3g}" for mm in figures["cell_mm"]),
+        )
+    say(f"{report.planted} impulses planted, {report.planted - report.unseen} seen by the model; how far they land:")
+    out.print(table)
+    if report.placements:
+        _placed(report)
+    for note in report.notes:
+        say(f"note: {note}", style="yellow")
+    if output:
+        report.write(output)
+        say(f"written to {output}")
+    if not report.sound(tolerance):
+        say(f"volsal: an impulse comes back more than {tolerance:g} model voxels from where it was planted: the "
+            "preprocessing moves the image and not its affine, or not by as much; see the table", err)  # fmt: skip
+        raise typer.Exit(SOME_FAILED)
+    say(f"preprocessing and the way back to the scan are right within {tolerance:g} model voxels")
+
+
+def _placed(report: GeometryReport) -> None:
+    table = Table(box=None, pad_edge=False)
+    for column in ("map of this scan", "alignment", "from half-pixel (voxels)", "uncertainty", "from half-pixel (mm)"):
+        table.add_column(column, overflow="fold")
+    for placement in report.placements:
+        figures, used = placement.describe(), placement.alignment
+        table.add_row(
+            cell(placement.name),
+            used.kind,
+            ", ".join(f"{voxels:+.2f}" for voxels in placement.from_half_pixel),
+            ", ".join(f"{voxels:.2f}" for voxels in used.uncertainty) if used.uncertainty else "-",
+            ", ".join(f"{mm:+.2f}" for mm in figures["from_half_pixel_mm"]),
+        )
+    out.print(table)
 
 
 @app.command()

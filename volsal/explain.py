@@ -7,7 +7,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -21,7 +21,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from volsal.attribution import METHODS, Attribution, LayerError, Method, ModelError, Target, parse_target, target_id
+from volsal.alignments import Alignments, Key, beside
+from volsal.attribution import (
+    ALIGNMENTS,
+    METHODS,
+    Alignment,
+    AlignmentRule,
+    Attribution,
+    GradCAM,
+    GuidedGradCAM,
+    LayerError,
+    Method,
+    ModelError,
+    Target,
+    parse_target,
+    target_id,
+)
+from volsal.attribution.alignment import Collector, LayerMap, Measured
+from volsal.attribution.cam import CAM
 from volsal.attribution.method import scores_of
 from volsal.attribution.tap import forward, plain, undisturbed
 from volsal.config import Config, ConfigError, FunctionSection
@@ -31,9 +48,9 @@ from volsal.models import load_model, weights_digest
 from volsal.preprocess import ModelInput, MonaiSteps, PathFunction, Preprocess, PreprocessError, as_preprocess
 from volsal.references import resolve
 from volsal.resampling import resample
-from volsal.scans import Scan, read_scan
+from volsal.scans import Scan, read_case
 from volsal.scans.find import case_id
-from volsal.scans.write import WriteError, map_header, replacing, write_map
+from volsal.scans.write import WriteError, map_header, refuse_own_map, replacing, write_map
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,7 +58,7 @@ if TYPE_CHECKING:
 CASE_FILE = "case.json"
 FORMAT = 1
 # Raised by whoever changes what a scan's result holds, so that a run makes anew what an earlier code made.
-RESULT_VERSION = 1
+RESULT_VERSION = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +76,7 @@ class Heatmap:
     raw : (d, h, w) float32 as the method made it, summed over the input's channels
     raw_grid : where ``raw`` lies
     grid : the scan's, where ``values`` lie
+    alignment : where the layer's cells were put on the model's input; None where no layer was asked
     settings : the method's own
     coverage : activations that a backward rule was put on
     """
@@ -73,6 +91,7 @@ class Heatmap:
     raw: NDArray[np.float32]
     raw_grid: Grid
     grid: Grid
+    alignment: Alignment | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     coverage: dict[str, int] = field(default_factory=dict)
 
@@ -224,6 +243,10 @@ class Explainer:
     methods : one or several of ``volsal.METHODS``, by id or as objects with their settings
     targets : one or several targets, as objects, callables, or text (see :func:`volsal.attribution.parse_target`)
     classes : names of the model's classes, for reading
+    alignment : where a layer's cells lie on the model's input: one of ``volsal.attribution.ALIGNMENTS``, by id or as
+        an object.  ``auto`` is ``measured``, but for maps whose evidence cannot be followed back to the input: those
+        are placed by the half-pixel rule, and the result says so
+    alignments : what was measured before, by :meth:`measure`
 
     >>> explainer = Explainer(model, preprocess, "grad-cam", targets="class-1")    # doctest: +SKIP
     >>> explainer("scan.nii.gz").save("out")                                      # doctest: +SKIP
@@ -236,6 +259,8 @@ class Explainer:
         methods: str | Method | Sequence[str | Method] = "grad-cam",
         targets: str | int | Target | Sequence[str | int | Target] = "predicted-class",
         classes: Sequence[str] = (),
+        alignment: str | AlignmentRule = "auto",
+        alignments: Alignments | None = None,
     ) -> None:
         self.model = model
         self.preprocess: Preprocess = as_preprocess(preprocess)
@@ -248,14 +273,38 @@ class Explainer:
 
         if len(set(self.classes)) < len(self.classes):
             raise SettingsError(f"class names must differ; got {', '.join(self.classes)}")
+        self.alignments = Alignments() if alignments is None else alignments
+        self.align = self._rule(alignment)
         self._known_to_repeat = False
         self._digested: tuple[tuple, str] = ((), "")
 
+    def _rule(self, alignment: str | AlignmentRule) -> AlignmentRule:
+        if isinstance(alignment, AlignmentRule):
+            return alignment
+        if alignment in ("auto", Measured.id):
+            return Measured(self._known, strict=alignment == Measured.id)
+        if alignment not in ALIGNMENTS:
+            raise SettingsError(f"unknown alignment {alignment!r}{nearest(str(alignment), ['auto', *ALIGNMENTS])}")
+        return ALIGNMENTS[alignment]()
+
+    def _known(self, of: LayerMap, size: tuple[int, ...]) -> Alignment | None:
+        if not self.alignments:
+            return None
+        return self.alignments.get(Key(self.weights_sha256, of.method, of.layer, of.target, size))
+
     @classmethod
     def from_config(
-        cls, config: Config, methods: Sequence[str] | None = None, targets: Sequence[str | int] | None = None
+        cls,
+        config: Config,
+        methods: Sequence[str] | None = None,
+        targets: Sequence[str | int] | None = None,
+        alignment: str | None = None,
     ) -> Explainer:
-        """The explainer that a config describes; ``methods`` and ``targets`` replace the config's own."""
+        """The explainer that a config describes.
+
+        ``methods``, ``targets`` and ``alignment`` replace the config's own.  What `volsal align` measured for the
+        config is used.
+        """
         section = config.model
         model = load_model(
             cast(str, section.factory or section.file), section.arguments, section.weights, config.folder
@@ -270,7 +319,15 @@ class Explainer:
         except PreprocessError as error:
             raise ConfigError(f"{config.path}: preprocess: {error}") from error
         chosen = [_configured_method(entry) for entry in (methods or config.methods)]
-        return cls(model, preprocess, chosen, list(targets or config.targets), section.classes)
+        return cls(
+            model,
+            preprocess,
+            chosen,
+            list(targets or config.targets),
+            section.classes,
+            alignment or config.alignment,
+            Alignments.read(beside(config.path)),
+        )
 
     @property
     def weights_sha256(self) -> str:
@@ -281,15 +338,15 @@ class Explainer:
         return self._digested[1]
 
     def __call__(
-        self, scan: str | Path | Scan, case: str | None = None, volume: int | None = None, form: str | None = None
+        self, scan: str | Path | Scan | Sequence[str | Path], case: str | None = None, **reading: Any
     ) -> Explanation:
         """Explain one scan.
 
         Parameters
         ----------
-        scan : a file, or a scan in memory
+        scan : a file, a case's files (its channels, in the model's order), or a scan in memory
         case : id for file names; made from the file's name where None
-        volume, form : as in :func:`volsal.scans.read_scan`
+        reading : ``volume``, ``form``, ... as in :func:`volsal.scans.read_case`
 
         Raises
         ------
@@ -301,10 +358,11 @@ class Explainer:
         if case is not None and not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", case):
             raise SettingsError(f"a case id is lower-case letters, digits, '.', '_' and '-', not {case!r}")
         if not isinstance(scan, Scan):
-            scan = read_scan(scan, volume, form)
+            scan = read_case(scan, **reading)
+        refuse_own_map(scan)
         model_input = self.preprocess(scan)
-        tensor = self._to_model(model_input.tensor)
-        answers = [(method, method.attribute(self.model, tensor, self.targets)) for method in self.methods]
+        tensor = self.to_model(model_input.tensor)
+        answers = [(method, method.attribute(self.model, tensor, self.targets, self.align)) for method in self.methods]
         _require_repeatable(answers)
         if not self._known_to_repeat:
             self._require_deterministic(tensor, answers[0][1])
@@ -319,7 +377,7 @@ class Explainer:
             scan,
             self._prediction(output),
             maps,
-            (*scan.notes, *_remarks(output), *_beyond(maps)),
+            (*scan.notes, *_remarks(output), *_beyond(maps), *_misplaced(maps, self.align)),
             {
                 **environment(),
                 "model": {"class": type(self.model).__name__, "weights_sha256": self.weights_sha256},
@@ -328,7 +386,7 @@ class Explainer:
                     "affine": model_input.grid.affine.tolist(),
                     "preprocess": repr(self.preprocess),
                 },
-                "alignment": "half-pixel",
+                "alignment": self.align.id,
                 "device": str(tensor.device),
                 "threads": torch.get_num_threads(),
                 "started": started.isoformat(timespec="seconds"),
@@ -336,15 +394,40 @@ class Explainer:
             },
         )
 
+    def measure(self, scans: Iterable[Scan]) -> Alignments:
+        """Measure where the cells of each CAM's layer lie, on a handful of scans, and use it from now on.
+
+        Eight to sixteen scans in which the model finds something are plenty; no masks are asked.
+
+        Raises
+        ------
+        AlignmentError
+            Where no map of these scans holds evidence that leads back to the input.
+        SettingsError
+            Where none of the methods takes its map at a layer.
+        """
+        cams = {cam for method in self.methods if (cam := cam_of(method))}
+        if not cams:
+            raise SettingsError("none of the methods takes its map at a layer, so there is nothing to align")
+        collector = Collector()
+        for scan in scans:
+            tensor = self.model_input(scan)
+            for cam in cams:
+                cam.attribute(self.model, tensor, self.targets, collector)
+        for group, alignment in collector.pooled().items():
+            self.alignments[Key(self.weights_sha256, *group)] = alignment
+        return self.alignments
+
     def model_input(self, scan: Scan) -> Tensor:
         """What the model would see of ``scan``: (1, C, D, H, W), in its dtype, on its device."""
-        return self._to_model(self.preprocess(scan).tensor)
+        return self.to_model(self.preprocess(scan).tensor)
 
     def blank_input(self, shape: Sequence[int]) -> Tensor:
         """An input (1, *shape) of zeros, for asking about shapes alone."""
-        return self._to_model(torch.zeros(1, *shape))
+        return self.to_model(torch.zeros(1, *shape))
 
-    def _to_model(self, tensor: Tensor) -> Tensor:
+    def to_model(self, tensor: Tensor) -> Tensor:
+        """``tensor`` in the model's dtype, on its device."""
         for parameter in self.model.parameters():
             return tensor.to(parameter.device, parameter.dtype)
         return tensor
@@ -357,7 +440,8 @@ class Explainer:
             raise LayerError(f"{scan}: the map of {where} holds NaN or infinity")
         if raw.ndim != 3:
             raise LayerError(f"{scan}: the map of {where} has shape {tuple(raw.shape)}, not one value per 3D cell")
-        grid = model_input.grid if tuple(raw.shape) == model_input.grid.shape else model_input.grid.coarse(raw.shape)
+        alignment = answer.alignments[number] if answer.alignments else None
+        grid = alignment.grid(model_input.grid, raw.shape) if alignment and answer.layer else model_input.grid
         target = self.targets[number]
         return Heatmap(
             method.id,
@@ -366,10 +450,11 @@ class Explainer:
             answer.layer,
             method.unit,
             method.signed,
-            resample(raw, grid, scan.grid).numpy(),
+            resample(raw, grid, scan.grid, field=model_input.grid).numpy(),
             raw.numpy(),
             grid,
             scan.grid,
+            alignment,
             {key: value for key, value in vars(method).items() if value is not None},
             dict(answer.coverage),
         )
@@ -395,6 +480,13 @@ class Explainer:
             return Prediction(logits, None, None)
         index = int(np.argmax(logits))
         return Prediction(logits, index, self.classes[index] if self.classes else None)
+
+
+def cam_of(method: Method) -> CAM | None:
+    """The class activation map whose cells a method must place."""
+    if isinstance(method, GuidedGradCAM):
+        return GradCAM(method.layer)
+    return method if isinstance(method, CAM) else None
 
 
 def _summit(values: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -488,6 +580,15 @@ def _beyond(maps: Sequence[Heatmap]) -> list[str]:
     ]
 
 
+def _misplaced(maps: Sequence[Heatmap], rule: AlignmentRule) -> list[str]:
+    return [
+        f"{heatmap.name}: where the layer's cells look could not be measured, so they were placed by the "
+        f"{heatmap.alignment.kind} rule, which may be half a cell off"
+        for heatmap in maps
+        if heatmap.alignment and heatmap.alignment.kind != rule.id and heatmap.status != "empty"
+    ]
+
+
 def environment() -> dict[str, Any]:
     """Versions and machine, for provenance."""
     packages = {name: metadata.version(name) for name in ("torch", "numpy", "nibabel", "SimpleITK", "monai")}
@@ -543,19 +644,32 @@ def _describe_map(heatmap: Heatmap) -> dict[str, Any]:
         "cells": list(heatmap.raw.shape),
         "cell_mm": [round(float(mm), 4) for mm in step],
         "cell_affine": heatmap.raw_grid.affine.tolist(),
+        "alignment": heatmap.alignment.describe() if heatmap.alignment else None,
         "coverage": heatmap.coverage,
     }
 
 
 def _describe_scan(scan: Scan) -> dict[str, Any]:
-    return {
-        "path": os.fsencode(scan.path.resolve()).decode("utf-8", "backslashreplace") if scan.path else None,
-        "sha256": scan.sha256,
+    content = {
+        **_describe_file(scan),
         "shape": list(scan.grid.shape),
         "affine": scan.grid.affine.tolist(),
         "spacing_mm": [round(float(mm), 6) for mm in scan.grid.spacing],
         "orientation": scan.grid.orientation,
         "oblique_degrees": round(scan.grid.obliquity, 3),
-        "form": scan.form,
+        "form": scan.form if scan.header is not None else "header",
+    }
+    if scan.filled is not None:
+        content["nan"] = scan.filled
+    content |= {name: getattr(scan, name) for name in ("series", "slices") if getattr(scan, name) is not None}
+    if scan.further:
+        content["channels"] = [_describe_file(channel) for channel in (scan, *scan.further)]
+    return content
+
+
+def _describe_file(scan: Scan) -> dict[str, Any]:
+    return {
+        "path": os.fsencode(scan.path.resolve()).decode("utf-8", "backslashreplace") if scan.path else None,
+        "sha256": scan.sha256,
         "volume": scan.volume,
     }

@@ -4,6 +4,7 @@
 its family's file and a line here.
 """
 
+from volsal.attribution.alignment import ALIGNMENTS, Alignment, AlignmentError, AlignmentRule
 from volsal.attribution.cam import GradCAM, HiResCAM
 from volsal.attribution.gradient import InputGradient
 from volsal.attribution.guided import GuidedBackprop, GuidedGradCAM
@@ -27,7 +28,11 @@ METHODS: dict[str, type[Method]] = {
 }
 
 __all__ = [
+    "ALIGNMENTS",
     "METHODS",
+    "Alignment",
+    "AlignmentError",
+    "AlignmentRule",
     "Attribution",
     "ClassLogit",
     "ClassMargin",

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from volsal.attribution.alignment import AlignmentRule, LayerMap
 from volsal.attribution.layers import default_layer
-from volsal.attribution.method import Attribution, Method, detached, scores_of, spatial
+from volsal.attribution.method import HALF_PIXEL, Attribution, Method, detached, scores_of, spatial
 from volsal.attribution.tap import LayerError, Tap, forward, gradients, plain, undisturbed
-from volsal.attribution.targets import Target
+from volsal.attribution.targets import PredictedClass, Target, target_id
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,9 @@ class CAM(Method):
 
     unit: ClassVar[str] = "logit per layer cell"
 
-    def attribute(self, model: nn.Module, volume: Tensor, targets: Sequence[Target]) -> Attribution:
+    def attribute(
+        self, model: nn.Module, volume: Tensor, targets: Sequence[Target], align: AlignmentRule = HALF_PIXEL
+    ) -> Attribution:
         """Maps (B, 1, *cells) at the layer's own resolution, float32 or wider.
 
         Raises
@@ -45,8 +48,26 @@ class CAM(Method):
             For a target that does not fit the model's output, or a score that is not finite.
         ModelError
             Where the model cannot be run on this volume.
+        AlignmentError
+            Where ``align`` cannot tell where the cells lie.
         """
         layer = self.layer or default_layer(model, volume)
+        output, scores, maps = self._at(model, layer, volume, targets)
+        if align.mirrors:
+            axes = spatial(volume)
+            same = [_as_judged(target, output) for target in targets]
+            _, _, mirrored = self._at(model, layer, volume.flip(axes), same)
+            maps = [
+                replace(one, values=(one.values + other.values.flip(axes)) / 2)
+                for one, other in zip(maps, mirrored, strict=True)
+            ]
+        alignments = [align(model, volume, one) for one in maps]
+        return Attribution([one.values for one in maps], scores, output, layer, alignments)
+
+    def _at(
+        self, model: nn.Module, layer: str, volume: Tensor, targets: Sequence[Target]
+    ) -> tuple[Any, list[Tensor], list[LayerMap]]:
+        """The output, the scores and the maps, from one forward pass cut at ``layer``."""
         with undisturbed(model), Tap(model, layer) as tap:
             output = forward(model, plain(volume))
             activation = tap.activation
@@ -58,11 +79,21 @@ class CAM(Method):
             scores = scores_of(targets, output, len(volume))
             # Half precision cannot hold the products and means over a large layer.
             wide = torch.promote_types(activation.dtype, torch.float32)
+            found = gradients(scores, activation, f"layer {layer!r}")
+            activation = activation.detach().to(wide)
             maps = [
-                self.combine(activation.detach().to(wide), gradient.to(wide))
-                for gradient in gradients(scores, activation, f"layer {layer!r}")
+                LayerMap(
+                    self.id,
+                    layer,
+                    _judged(target, output),
+                    self.combine(activation, gradient.to(wide)),
+                    activation,
+                    gradient.to(wide),
+                    self.combine,
+                )
+                for target, gradient in zip(targets, found, strict=True)
             ]
-        return Attribution(maps, [s.detach() for s in scores], detached(output), layer)
+        return detached(output), [s.detach() for s in scores], maps
 
     @abstractmethod
     def combine(self, activation: Tensor, gradient: Tensor) -> Tensor:
@@ -102,3 +133,18 @@ class HiResCAM(CAM):
     def combine(self, activation: Tensor, gradient: Tensor) -> Tensor:
         """Eq. 3."""
         return (gradient * activation).sum(1, keepdim=True)
+
+
+def _as_judged(target: Target, output: Any) -> Target:
+    """``target``, with the predicted class being the one predicted in ``output``, whatever is judged next."""
+    if not isinstance(target, PredictedClass):
+        return target
+    predicted = output.argmax(1, keepdim=True)
+    return lambda other: other.gather(1, predicted)[:, 0]
+
+
+def _judged(target: Target, output: Any) -> str:
+    """The target's id, with a single volume's predicted class by its number: other classes are other evidence."""
+    if isinstance(target, PredictedClass) and len(output) == 1:
+        return f"class-{int(output.argmax())}"
+    return target_id(target)

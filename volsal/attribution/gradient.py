@@ -9,7 +9,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from volsal.attribution.method import Attribution, Method, detached, scores_of
+from volsal.attribution.alignment import AlignmentRule
+from volsal.attribution.method import HALF_PIXEL, Attribution, Method, detached, scores_of
 from volsal.attribution.rules import GuidedRule
 from volsal.attribution.tap import copied_on_write, forward, gradients, plain, undisturbed
 from volsal.attribution.targets import Target
@@ -27,7 +28,9 @@ class InputGradient(Method):
     unit: ClassVar[str] = "logit per unit of model input"
     signed: ClassVar[bool] = True
 
-    def attribute(self, model: nn.Module, volume: Tensor, targets: Sequence[Target]) -> Attribution:
+    def attribute(
+        self, model: nn.Module, volume: Tensor, targets: Sequence[Target], align: AlignmentRule = HALF_PIXEL
+    ) -> Attribution:
         """The gradient of each target's score; errors as for :meth:`volsal.GradCAM.attribute`."""
         return by_input(model, volume, targets)
 

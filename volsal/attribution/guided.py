@@ -6,16 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from volsal.attribution.alignment import AlignmentRule
 from volsal.attribution.cam import GradCAM
 from volsal.attribution.gradient import by_input
-from volsal.attribution.method import Attribution, Method
+from volsal.attribution.method import HALF_PIXEL, Attribution, Method
 from volsal.attribution.rules import GuidedRule
 from volsal.attribution.targets import Target
-
-_LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,9 @@ class GuidedBackprop(Method):
     unit: ClassVar[str] = "guided logit per unit of model input"
     signed: ClassVar[bool] = True
 
-    def attribute(self, model: nn.Module, volume: Tensor, targets: Sequence[Target]) -> Attribution:
+    def attribute(
+        self, model: nn.Module, volume: Tensor, targets: Sequence[Target], align: AlignmentRule = HALF_PIXEL
+    ) -> Attribution:
         """The guided gradient of each target's score; other errors as for :meth:`volsal.GradCAM.attribute`."""
         return by_input(model, volume, targets, GuidedRule())
 
@@ -45,7 +45,8 @@ class GuidedBackprop(Method):
 class GuidedGradCAM(Method):
     """Guided Grad-CAM, Selvaraju et al., ICCV 2017, section 3.1: guided backprop times Grad-CAM, voxel by voxel.
 
-    The class activation map is brought to the input's voxels by linear interpolation under the half-pixel rule first.
+    The class activation map is brought to the input's voxels by linear interpolation first, its cells where the
+    alignment rule puts them.
     Maps (B, C, *spatial) of the input's shape, signed.
 
     Parameters
@@ -59,13 +60,15 @@ class GuidedGradCAM(Method):
     unit: ClassVar[str] = "logit x guided logit per unit of model input"
     signed: ClassVar[bool] = True
 
-    def attribute(self, model: nn.Module, volume: Tensor, targets: Sequence[Target]) -> Attribution:
+    def attribute(
+        self, model: nn.Module, volume: Tensor, targets: Sequence[Target], align: AlignmentRule = HALF_PIXEL
+    ) -> Attribution:
         """The product of the two maps of each target; errors of either."""
-        coarse = GradCAM(self.layer).attribute(model, volume, targets)
+        coarse = GradCAM(self.layer).attribute(model, volume, targets, align)
         guided = GuidedBackprop().attribute(model, volume, targets)
         shape = tuple(volume.shape[2:])
         maps = [
-            F.interpolate(cam, size=shape, mode=_LINEAR[len(shape)], align_corners=False).to(fine.dtype) * fine
-            for cam, fine in zip(coarse.maps, guided.maps, strict=True)
+            alignment.place(cam, shape).to(fine.dtype) * fine
+            for cam, alignment, fine in zip(coarse.maps, coarse.alignments, guided.maps, strict=True)
         ]
-        return Attribution(maps, coarse.scores, coarse.output, coverage=guided.coverage)
+        return Attribution(maps, coarse.scores, coarse.output, alignments=coarse.alignments, coverage=guided.coverage)

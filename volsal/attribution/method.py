@@ -10,8 +10,11 @@ from typing import Any, ClassVar, overload
 import torch
 from torch import Tensor, nn
 
+from volsal.attribution.alignment import Alignment, AlignmentRule, HalfPixel
 from volsal.attribution.targets import Target
 from volsal.attribution.targets import score as score_of
+
+HALF_PIXEL = HalfPixel()
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Attribution:
     scores : one tensor (B,) per target: the numbers that were explained
     output : what the model returned, detached
     layer : the layer whose cells the maps lie on; None where they lie on the input's own voxels
+    alignments : for each target, where the cells of the layer's map lie on the input; empty where no layer is asked
     coverage : activations that a backward rule was put on, by kind
     """
 
@@ -31,6 +35,7 @@ class Attribution:
     scores: list[Tensor]
     output: Any
     layer: str | None = None
+    alignments: Sequence[Alignment] = ()
     coverage: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -48,8 +53,13 @@ class Method(ABC):
     signed: ClassVar[bool]
 
     @abstractmethod
-    def attribute(self, model: nn.Module, volume: Tensor, targets: Sequence[Target]) -> Attribution:
-        """Maps of ``volume`` (B, C, *spatial) for each target, from one forward pass."""
+    def attribute(
+        self, model: nn.Module, volume: Tensor, targets: Sequence[Target], align: AlignmentRule = HALF_PIXEL
+    ) -> Attribution:
+        """Maps of ``volume`` (B, C, *spatial) for each target, from one forward pass.
+
+        ``align`` finds where a layer's cells lie on the input; methods that work on the input's own voxels pass it by.
+        """
 
     @overload
     def __call__(self, model: nn.Module, volume: Tensor, target: Target) -> Tensor: ...

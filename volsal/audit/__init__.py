@@ -1,0 +1,1 @@
+"""The audit: whether what volsal says of a model can be believed."""

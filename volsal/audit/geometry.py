@@ -1,0 +1,330 @@
+"""Do maps land where they should?  Impulses at known places, sent through the user's own preprocessing and model.
+
+A small bright spot is added to the user's scan at a known position, and everything that volsal does to a map is done to
+the difference that the spot makes: in the model's input, on the way home from there, and in a layer's cells under each
+alignment rule.  How far each lands from where the spot was planted needs neither masks nor trust in volsal.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from volsal.attribution import Alignment, AlignmentError, AlignmentRule, default_layer, target_id
+from volsal.attribution.alignment import HalfPixel, LayerMap, Nominal, centroid
+from volsal.attribution.tap import Tap, forward, plain, undisturbed
+from volsal.errors import VolsalError
+from volsal.explain import Explainer, cam_of, environment
+from volsal.grid import Grid
+from volsal.preprocess import ModelInput, PathFunction
+from volsal.resampling import resample
+from volsal.scans import Scan
+from volsal.scans.write import map_header, replacing, write_map
+
+# A spot's standard deviation, in the larger of the scan's and the model's voxels along each world axis.
+_SIGMA = 1.2
+# The rules that do not ask what the map is of: an impulse is no evidence for any class.
+_RULES: tuple[AlignmentRule, ...] = (HalfPixel(), Nominal())
+# Where spots go, as shares of the model's field of view; none lies on a voxel's centre by construction.
+_SHARES = (0.31, 0.69)
+
+
+class GeometryError(VolsalError, ValueError):
+    """No impulse could be followed through the preprocessing."""
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """How far impulses land from where they were planted, after one stage of the way.
+
+    Attributes
+    ----------
+    name : ``preprocessing``, ``map on the scan``, or ``LAYER, RULE``
+    errors_mm : (N, 3) landed minus planted, mm to the patient's right, front and head
+    errors_voxels : (N, 3) the same along the axes of the model's input, in its voxels
+    cell_mm : length of a cell's edges (of a voxel's, where no layer is concerned) along the input's axes, (3,)
+    """
+
+    name: str
+    errors_mm: NDArray[np.float64]
+    errors_voxels: NDArray[np.float64]
+    cell_mm: NDArray[np.float64]
+
+    @property
+    def distances_mm(self) -> NDArray[np.float64]:
+        """(N,) how far each landed."""
+        return np.linalg.norm(self.errors_mm, axis=1)
+
+    def describe(self) -> dict[str, Any]:
+        """As plain data, for records."""
+        return {
+            "stage": self.name,
+            "impulses": len(self.errors_mm),
+            "mean_mm": _axes(self.errors_mm.mean(0)),
+            "mean_voxels": _axes(self.errors_voxels.mean(0)),
+            "largest_voxels": _axes(np.abs(self.errors_voxels).max(0)),
+            "mean_distance_mm": round(float(self.distances_mm.mean()), 4),
+            "largest_distance_mm": round(float(self.distances_mm.max()), 4),
+            "cell_mm": _axes(self.cell_mm),
+        }
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the explainer's alignment puts the cells of one of the scan's maps.
+
+    Attributes
+    ----------
+    name : method, layer and target
+    alignment : what is used
+    from_half_pixel : how far that puts the map from where the half-pixel rule would, along the input's axes, voxels
+    spacing_mm : edge lengths of the input's voxels
+    """
+
+    name: str
+    alignment: Alignment
+    from_half_pixel: tuple[float, ...]
+    spacing_mm: tuple[float, ...]
+
+    def describe(self) -> dict[str, Any]:
+        """As plain data, for records."""
+        return {
+            "map": self.name,
+            "alignment": self.alignment.describe(),
+            "from_half_pixel_voxels": list(self.from_half_pixel),
+            "from_half_pixel_mm": _axes(np.multiply(self.from_half_pixel, self.spacing_mm)),
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class GeometryReport:
+    """What :func:`check_geometry` found.
+
+    Attributes
+    ----------
+    planted, unseen : how many impulses were planted, and how many of them left no trace in the model's input
+    stages : in the order of the way
+    placements : where this scan's own maps are put, by the explainer's alignment
+    notes : rules that had no answer, and why
+    provenance : the scan and the model this holds for, and what made it
+    """
+
+    planted: int
+    unseen: int
+    stages: tuple[Stage, ...]
+    placements: tuple[Placement, ...]
+    notes: tuple[str, ...]
+    provenance: dict[str, Any]
+
+    def sound(self, within_voxels: float = 0.5) -> bool:
+        """Whether preprocessing and the way home put each impulse within that many of the model's voxels."""
+        return all(float(np.abs(stage.errors_voxels).max()) <= within_voxels for stage in self.stages[:2])
+
+    def write(self, path: Path) -> None:
+        """Write all figures as JSON; WriteError where the disk refuses."""
+        content = {
+            "planted": self.planted,
+            "unseen": self.unseen,
+            "stages": [stage.describe() for stage in self.stages],
+            "placements": [placement.describe() for placement in self.placements],
+            "notes": list(self.notes),
+            **self.provenance,
+        }
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def check_geometry(explainer: Explainer, scan: Scan) -> GeometryReport:
+    """Plant impulses in ``scan`` and follow them through ``explainer``'s preprocessing, layers and alignment rules.
+
+    Raises
+    ------
+    GeometryError
+        Where no impulse leaves a trace in the model's input.
+    VolsalError
+        Where the scan cannot be preprocessed or the model not be run.
+    """
+    before = explainer.preprocess(scan)
+    seen: list[_Impulse] = []
+    places = list(_places(before.grid, scan.grid))
+    for place in places:
+        after = _preprocessed(explainer, scan, place, before)
+        if after is not None:
+            seen.append(_Impulse(place, after))
+    if not seen:
+        raise GeometryError(
+            f"{scan}: none of {len(places)} spots, brighter than the scan by its own range, changes the model's input; "
+            "does the preprocessing crop, clip or mask everything away?"
+        )
+    stages = [_input_stage(seen, before), _home_stage(seen, before, scan)]
+    notes: list[str] = []
+    for layer in _layers(explainer, before):
+        stages += _layer_stages(explainer, layer, seen, before, notes)
+    placements = tuple(_placements(explainer, before))
+    provenance = {
+        "scan": {"sha256": scan.sha256, "grid": repr(scan.grid)},
+        "model_input": {"grid": repr(before.grid), "preprocess": repr(explainer.preprocess)},
+        "weights_sha256": explainer.weights_sha256,
+        **environment(),
+    }
+    return GeometryReport(
+        len(places), len(places) - len(seen), tuple(stages), placements, tuple(dict.fromkeys(notes)), provenance
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Impulse:
+    place: NDArray[np.float64]  # (3,) mm
+    tensor: Tensor  # (1, C, D, H, W), with the spot
+
+    def trace(self, before: ModelInput) -> Tensor:
+        """What the spot changed, (D, H, W), from 0 up."""
+        return (self.tensor - before.tensor).abs().sum(1)[0]
+
+
+def _places(inputs: Grid, scan: Grid) -> Iterator[NDArray[np.float64]]:
+    """World positions inside both fields of view: the middle of the model's, and around it."""
+    margin = 3 * _spot_mm(inputs, scan) @ np.abs(np.linalg.inv(scan.affine[:3, :3])).T
+    for share in [(0.5, 0.5, 0.5), *product(_SHARES, repeat=3)]:
+        place = inputs.world((np.array(inputs.shape) - 1) * share + (0.13, -0.21, 0.29))
+        at = scan.voxel(place)
+        if (at >= margin).all() and (at <= np.array(scan.shape) - 1 - margin).all():
+            yield place
+
+
+def _spot_mm(inputs: Grid, scan: Grid) -> NDArray[np.float64]:
+    """(3,) the spot's standard deviation along x, y and z, mm: each grid must be able to show it."""
+    return _SIGMA * np.maximum(*(np.abs(grid.affine[:3, :3]).max(axis=1) for grid in (inputs, scan)))
+
+
+def _preprocessed(explainer: Explainer, scan: Scan, place: NDArray[np.float64], before: ModelInput) -> Tensor | None:
+    """The model's input with a spot at ``place``, bright or else dark; None where neither shows."""
+    spot = _spot(scan.grid, place, _spot_mm(before.grid, scan.grid))
+    reads_files = isinstance(explainer.preprocess, PathFunction)
+    for sign in (1, -1):
+        with tempfile.TemporaryDirectory(prefix="volsal-") as folder:
+            after = explainer.preprocess(_with_spot(scan, sign * spot, Path(folder) if reads_files else None))
+        # A crop that follows the intensities may have moved; the two inputs are then no pair.
+        paired = after.grid.same_as(before.grid)
+        if paired and float((after.tensor - before.tensor).abs().max()) > 1e-4 * float(before.tensor.abs().max()):
+            return after.tensor
+    return None
+
+
+def _spot(grid: Grid, place: NDArray[np.float64], sigma_mm: NDArray[np.float64]) -> NDArray[np.float32]:
+    """(I, J, K) a Gaussian of height 1 about ``place``, computed where it is more than nothing."""
+    spot = np.zeros(grid.shape, dtype=np.float32)
+    reach = 4 * sigma_mm @ np.abs(np.linalg.inv(grid.affine[:3, :3])).T
+    at = grid.voxel(place)
+    low = np.maximum(np.floor(at - reach), 0).astype(int)
+    high = np.minimum(np.ceil(at + reach) + 1, grid.shape).astype(int)
+    axes = [np.arange(a, b) for a, b in zip(low, high, strict=True)]
+    away = (grid.world(np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1)) - place) / sigma_mm
+    spot[tuple(slice(a, b) for a, b in zip(low, high, strict=True))] = np.exp(-0.5 * (away**2).sum(-1))
+    return spot
+
+
+def _with_spot(scan: Scan, spot: NDArray[np.float32], folder: Path | None) -> Scan:
+    """The scan with ``spot`` added to each channel; in files of ``folder`` for preprocessing that reads files."""
+    channels = []
+    for number, channel in enumerate((scan, *scan.further)):
+        low, high = np.percentile(channel.array, (1, 99))
+        array = channel.array + spot * np.float32(max(float(high - low), 1e-6))
+        path = channel.path
+        if folder is not None:
+            path = folder / f"channel-{number}.nii.gz"
+            write_map(path, array, map_header(channel, "none", "volsal check-geometry", (0.0, 0.0)))
+        channels.append(replace(channel, array=array, path=path, further=()))
+    return replace(channels[0], further=tuple(channels[1:]))
+
+
+def _layers(explainer: Explainer, before: ModelInput) -> list[str]:
+    """The layers at which the explainer's methods take their maps, each once."""
+    cams = [cam for method in explainer.methods if (cam := cam_of(method))]
+    volume = explainer.to_model(before.tensor)
+    return list(dict.fromkeys(cam.layer or default_layer(explainer.model, volume) for cam in cams))
+
+
+def _placements(explainer: Explainer, before: ModelInput) -> Iterator[Placement]:
+    volume = explainer.to_model(before.tensor)
+    for cam in dict.fromkeys(cam for method in explainer.methods if (cam := cam_of(method))):
+        answer = cam.attribute(explainer.model, volume, explainer.targets, explainer.align)
+        for target, alignment, cells in zip(explainer.targets, answer.alignments, answer.maps, strict=True):
+            # At the middle of the cells: strides may differ, as where the input is no multiple of them.
+            middle = (np.array(cells.shape[2:]) - 1) / 2
+            apart = np.array(alignment.offset) + middle * alignment.stride - (np.array(volume.shape[2:]) - 1) / 2
+            name = f"{cam.id} at {answer.layer}, {target_id(target)}"
+            spacing = tuple(float(mm) for mm in before.grid.spacing)
+            yield Placement(name, alignment, tuple(_axes(apart)), spacing)
+
+
+def _input_stage(seen: Sequence[_Impulse], before: ModelInput) -> Stage:
+    landed = [before.grid.world(centroid(impulse.trace(before).numpy())) for impulse in seen]
+    return _stage("preprocessing", landed, seen, before.grid, before.grid.spacing)
+
+
+def _home_stage(seen: Sequence[_Impulse], before: ModelInput, scan: Scan) -> Stage:
+    landed = [
+        scan.grid.world(centroid(resample(impulse.trace(before), before.grid, scan.grid).numpy())) for impulse in seen
+    ]
+    return _stage("map on the scan", landed, seen, before.grid, before.grid.spacing)
+
+
+def _layer_stages(
+    explainer: Explainer, layer: str, seen: Sequence[_Impulse], before: ModelInput, notes: list[str]
+) -> Iterator[Stage]:
+    """What an impulse changes in a layer's cells, placed by each rule that has one answer for one input."""
+    still = _activation(explainer, layer, before.tensor)
+
+    def change(activation: Tensor, gradient: Tensor) -> Tensor:
+        return (activation - still).abs().sum(1, keepdim=True)
+
+    for rule in _RULES:
+        landed, kept, cell = [], [], before.grid.spacing
+        for impulse in seen:
+            activation = _activation(explainer, layer, impulse.tensor)
+            of = LayerMap("impulse", layer, "any", change(activation, still), activation, still, change)
+            if not float(of.values.max()) > 0:
+                continue
+            try:
+                alignment = rule(explainer.model, explainer.to_model(impulse.tensor), of)
+            except AlignmentError as error:
+                notes.append(f"{rule.id}: {error}")
+                break
+            placed = alignment.place(of.values.cpu(), before.grid.shape)[0, 0]
+            landed.append(before.grid.world(centroid(placed.numpy())))
+            kept.append(impulse)
+            cell = np.abs(alignment.stride) * before.grid.spacing
+        if landed:
+            yield _stage(f"{layer}, {rule.id}", landed, kept, before.grid, cell)
+
+
+def _activation(explainer: Explainer, layer: str, tensor: Tensor) -> Tensor:
+    with undisturbed(explainer.model), Tap(explainer.model, layer) as tap, torch.no_grad():
+        forward(explainer.model, plain(explainer.to_model(tensor)))
+        return tap.activation.detach().float()
+
+
+def _stage(
+    name: str,
+    landed: Sequence[NDArray[np.float64]],
+    impulses: Sequence[_Impulse],
+    inputs: Grid,
+    cell_mm: NDArray[np.float64],
+) -> Stage:
+    errors = np.array([where - impulse.place for where, impulse in zip(landed, impulses, strict=True)])
+    return Stage(name, errors, errors @ np.linalg.inv(inputs.affine[:3, :3]).T, np.asarray(cell_mm))
+
+
+def _axes(values: NDArray[np.float64]) -> list[float]:
+    return [round(float(value), 4) for value in values]
