@@ -7,6 +7,9 @@
 ORIENT_DIR holds orient.py, which makes the phantom in 48 orientations x spacings x rotations (624 scans) and grades a
 map in mm, and blobmodel.py, whose nets see one blob of it and nothing else.
 
+The gradient of blobmodel.Net by its input is a mask, 0 or one value, and on voxels of 6 mm a mask's centroid is not
+that of the blob; so for input maps its gate is squared, and the gradient grows with the blob.
+
 Input maps: `input-gradient` behind each chain of preprocessing.  "spread": how far the located centroids of one
 physical phantom lie apart over the orientations it is stored in, largest over all such groups, mm (from
 their mean).  "moved": largest distance from the centroid of the method's own map, on the model's voxels, to that of the
@@ -18,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import inspect
 import sys
 import tempfile
 import warnings
@@ -134,6 +136,17 @@ def judges(orient: ModuleType, radius_mm: float) -> tuple[Callable, Callable]:
     )
 
 
+def graded(net: type) -> type:
+    """``net`` with its gate squared."""
+
+    class Graded(net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = torch.relu(self.gate(x)) ** 2
+            return self.fc(torch.relu(self.features(self.stages(x))).mean((2, 3, 4)))
+
+    return Graded
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tools", nargs="?", type=Path, default=TOOLS, metavar="ORIENT_DIR")
@@ -141,15 +154,13 @@ def main() -> None:
     parser.add_argument("--chains", nargs="*", choices=CHAINS, default=list(CHAINS))
     parser.add_argument("--nets", nargs="*", choices=["conv", "avg", "max"], default=["conv", "avg", "max"])
     parser.add_argument("--levels", nargs="*", type=int, default=[2, 3])
-    parser.add_argument("--alignment", help="passed to volsal.Explainer")
+    parser.add_argument("--alignment", default="auto", help="passed to volsal.Explainer")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--worst", type=int, default=0, help="name that many of the worst cases of each row")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(options.threads)
-    keywords = {"alignment": options.alignment} if options.alignment else {}
-    if keywords and "alignment" not in inspect.signature(Explainer).parameters:
-        parser.error("this volsal.Explainer takes no alignment")
+    keywords = {"alignment": options.alignment}
     orient, blobmodel = tools(options.tools)
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
@@ -158,7 +169,11 @@ def main() -> None:
         print(f"{'input-gradient':<26}{head}{'median vox':>12}{'max vox':>10}{'spread mm':>10}{'moved mm':>10}")
         for name in options.chains:
             explainer = Explainer(
-                blobmodel.Net("conv", 2), MonaiSteps.from_config(CHAINS[name]), "input-gradient", "class-1", **keywords
+                graded(blobmodel.Net)("conv", 2),
+                MonaiSteps.from_config(CHAINS[name]),
+                "input-gradient",
+                "class-1",
+                **keywords,
             )
             rows, failures = grade(explainer, cases, home, *judges(orient, 14.0))
             report(name, rows, failures, 1, options.worst)
