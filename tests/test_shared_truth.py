@@ -4,12 +4,15 @@ import importlib.util
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 
-from volsal import ClassLogit, ClassMargin, Explainer, load_model
+from volsal import ClassLogit, ClassMargin, Explainer, GradCAM, HiResCAM, load_model
+from volsal.attribution import ALIGNMENTS
+from volsal.attribution.alignment import centroid
 from volsal.preprocess import as_preprocess
 
 
@@ -87,3 +90,47 @@ def test_guided_backprop_hits_the_evidence_of_trained_models(shared, arch, task,
     hit, distance = np.array(found).T
     assert hit.mean() >= hits
     assert distance.mean() <= mean_mm
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["conv", "avg", "max"])
+@pytest.mark.parametrize(("alignment", "cells"), [("nominal", 0.25), ("measured", 0.35)])
+def test_cells_lie_within_a_quarter_of_their_size_in_every_orientation(phantoms, kind, alignment, cells):
+    """The nets see one blob, through kernels that weigh both sides alike: there nominal is right, and measured near."""
+    folder, content, blobmodel = phantoms
+    orient = sys.modules.get("orient") or module(folder_of(blobmodel) / "orient.py")
+    explainer = Explainer(blobmodel.Net(kind), None, GradCAM("features"), ClassLogit(1), alignment=alignment)
+    for case in content["cases"][::6]:
+        heatmap = explainer(folder / case["scan"]).maps[0]
+        found, _ = orient.locate(heatmap.values, heatmap.grid.affine, radius_mm=60.0)
+        apart = heatmap.grid.voxel(np.array(found)) - heatmap.grid.voxel(case["target_mm"])
+        assert np.abs(apart / 4).max() <= cells, case["id"]
+
+
+def folder_of(loaded):
+    return Path(loaded.__file__).parent
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arch", "task", "kind", "method"),
+    [("plain", "corner", "marker", GradCAM("block5")), ("resnet", "lesion", "bright", HiResCAM("layer3"))],
+)
+def test_measured_alignment_brings_maps_of_trained_models_to_the_evidence(shared, arch, task, kind, method):
+    """No mask is shown to the alignment; the truth is used to judge it alone."""
+    truth, code = shared("truth"), module(shared("truth/models.py"))
+    model = load_model(f"{truth / 'models.py'}:build", {"arch": arch}, truth / "models" / f"{arch}_{task}.safetensors")
+    far = {"half-pixel": [], "nominal": [], "measured": []}
+    for entry in json.loads((truth / task / "truth.json").read_text())["scans"][:40]:
+        items = [item for item in entry["items"] if kind in item["kind"]]
+        if not items or entry["label"] != 1:
+            continue
+        volume, affine = code.preprocess(truth / task / entry["scan"])
+        at = np.linalg.inv(affine) @ [*items[0]["mask_centroid_mm"], 1]
+        for name, distances in far.items():
+            answer = method.attribute(model, volume, [ClassLogit(1)], ALIGNMENTS[name]())
+            placed = answer.alignments[0].place(answer.maps[0].clamp(min=0), volume.shape[2:])[0, 0]
+            distances.append(np.linalg.norm(centroid(placed) - at[:3]))
+    means = {name: np.mean(distances) for name, distances in far.items()}
+    assert len(far["measured"]) >= 10
+    assert means["measured"] * 2.5 < min(means["half-pixel"], means["nominal"])

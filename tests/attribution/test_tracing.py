@@ -483,7 +483,16 @@ def test_monai_swin_transformer():
 
 # --- What cannot be followed is said ---
 
+
+def shifted_in_place(x, write):
+    moved = x.clone()
+    write(moved[:, :, 1:], x[:, :, :-1])
+    return moved
+
+
 LOST = {
+    "shift by copying": (lambda x: shifted_in_place(x, torch.Tensor.copy_), "in place into a part"),
+    "shift by adding": (lambda x: shifted_in_place(x, torch.Tensor.add_), "in place into a part"),
     "sort": (lambda x: x.sort(2)[0], "aten.sort"),
     "roll": (lambda x: x.roll(1, 2), "aten.roll"),
     "grid_sample": (lambda x: F.grid_sample(x, torch.zeros(2, 4, 4, 4, 3), align_corners=False), "grid_sampler_3d"),

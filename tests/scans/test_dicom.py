@@ -4,6 +4,7 @@ Every synthetic series holds one closed form: a field linear in RAS mm.  A voxel
 field's gradient is wrong by d times the gradient, so values and geometry are judged by one figure.
 """
 
+import math
 import os
 import shutil
 import subprocess
@@ -962,3 +963,24 @@ def test_the_real_series_with_a_rescale_of_its_own_per_slice(real):
     for k in (0, 5, 23):
         truth = slices[k].pixel_array.T * np.float64(float(slices[k].RescaleSlope))
         np.testing.assert_allclose(scan.array[:, :, k], truth, rtol=1e-6)
+
+
+def test_the_real_series_explained_lies_where_its_nifti_lies(real, tmp_path):
+    import SimpleITK as sitk
+
+    folder, _ = real
+    (tmp_path / "net.py").write_text("from nets import random_net\n\ndef build():\n    return random_net().float()\n")
+    (tmp_path / "c.yaml").write_text(
+        "model: {factory: net.py:build}\nmethods: [grad-cam]\ntargets: [class-0]\n"
+        "preprocess: [Orientation: {axcodes: RAS}, Spacing: {pixdim: [4, 4, 3]}, NormalizeIntensity]\n"
+    )
+    command = ["explain", str(folder), "-c", str(tmp_path / "c.yaml"), "-o", str(tmp_path / "out"), "--case", "a"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    (overlay,) = map(str, (tmp_path / "out" / "a").glob("*.nii.gz"))
+    converted = by_simpleitk(folder, tmp_path / "itk.nii.gz")
+    ours = nib.load(overlay)
+    assert Grid(ours.shape, ours.affine).distance_mm(converted.grid) < 0.1
+    one, other = sitk.ReadImage(overlay), sitk.ReadImage(str(tmp_path / "itk.nii.gz"))
+    for corner in ((0, 0, 0), (511, 0, 23), (0, 511, 23), (511, 511, 0)):
+        assert math.dist(one.TransformIndexToPhysicalPoint(corner), other.TransformIndexToPhysicalPoint(corner)) < 0.1

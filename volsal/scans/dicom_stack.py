@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from volsal.grid import Grid
+from volsal.grid import Grid, lps_to_ras
 from volsal.scans.dicom_frames import Frame, Refused
 
 # How far a slice may lie from its place: rounding in headers.  Never more than a fifth of a slice.
@@ -38,11 +38,6 @@ class Stack:
     grid: Grid
     at: NDArray[np.float64] | None
     notes: tuple[str, ...]
-
-
-def ras(lps: NDArray[np.float64]) -> NDArray[np.float64]:
-    """DICOM's LPS+ to RAS+, (..., 3) mm: both first axes turn round.  The one place where this is done."""
-    return lps * np.array([-1.0, -1.0, 1.0])
 
 
 def arrange(frames: Sequence[Frame], resample: bool = False) -> Stack:
@@ -225,7 +220,7 @@ def _axis(normal: NDArray[np.float64]) -> str:
 
 
 def _coordinate(position: NDArray[np.float64], normal: NDArray[np.float64]) -> float:
-    return float(ras(position)[int(np.abs(normal).argmax())])
+    return float((lps_to_ras(np.eye(4))[:3, :3] @ position)[int(np.abs(normal).argmax())])
 
 
 def _where(position: NDArray[np.float64], normal: NDArray[np.float64]) -> str:
@@ -244,5 +239,5 @@ def _grid(
     affine = np.eye(4)
     # i counts columns, so it runs along a row, by the distance between columns; j the other way round.
     for axis, vector in enumerate((row * between_columns, column * between_rows, step, origin)):
-        affine[:3, axis] = ras(vector)
-    return Grid((frame.source.columns, frame.source.rows, count), affine)
+        affine[:3, axis] = vector
+    return Grid((frame.source.columns, frame.source.rows, count), lps_to_ras(affine))

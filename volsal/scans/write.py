@@ -33,6 +33,10 @@ class WriteError(VolsalError, OSError):
     """A result cannot be written, or was not written as it should be."""
 
 
+class MapError(VolsalError, ValueError):
+    """A map would not lie on its scan.  The scan's header is at fault and not the disk, so other scans may go on."""
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside ``path`` that becomes ``path`` when the block ends well, and vanishes otherwise.
@@ -123,7 +127,9 @@ def write_map(path: Path, values: NDArray[np.float32], header: Any) -> None:
     Raises
     ------
     WriteError
-        Where the disk refuses, or what was read back is not what was meant.
+        Where the disk refuses, or does not keep what it was given.
+    MapError
+        Where the geometry read back is not the scan's.
     """
     version = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
     # affine=None keeps both forms and their codes to the bit; passing the affine would rewrite them.
@@ -146,6 +152,9 @@ def _verify(path: Path, written: Path, values: NDArray[np.float32], header: Any)
             back = np.asanyarray(image.from_stream(file).dataobj)
     for name in (*GEOMETRY_FIELDS, "pixdim", "dim", "cal_min", "cal_max"):
         if not np.array_equal(stored[name], header[name], equal_nan=name not in ("dim",)):
-            raise WriteError(f"{path}: {name} was read back as {stored[name]}, not {header[name]}")
+            raise MapError(
+                f"{path}: the map would not lie on the scan: {name} reads back as {stored[name]}, not {header[name]}; "
+                "nothing was written. Please report it with the scan's header"
+            )
     if not np.array_equal(back, values):
         raise WriteError(f"{path}: the voxels read back are not the ones written; is the disk sound?")
