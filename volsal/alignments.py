@@ -50,10 +50,10 @@ class Alignments(dict[Key, Alignment]):
             content = json.loads(path.read_text(encoding="utf-8"))
             if content["format"] != FORMAT:
                 raise ValueError(f"format {content['format']}, expected {FORMAT}")
-            return cls((_key(entry["of"]), Alignment.from_record(entry["alignment"])) for entry in content["entries"])
+            return cls(_entry(entry) for entry in content["entries"])
         except FileNotFoundError:
             return cls()
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise AlignmentError(
                 f"{path}: not a file of measured alignments ({type(error).__name__}: {error}); measure anew with "
                 "`volsal align` or remove it"
@@ -67,6 +67,13 @@ class Alignments(dict[Key, Alignment]):
         ]
         with replacing(path) as temporary:
             temporary.write_text(json.dumps({"format": FORMAT, "entries": entries}, indent=1, sort_keys=True) + "\n")
+
+
+def _entry(record: dict[str, Any]) -> tuple[Key, Alignment]:
+    key, alignment = _key(record["of"]), Alignment.from_record(record["alignment"])
+    if len(key.size) != len(alignment.stride):
+        raise ValueError(f"{len(alignment.stride)} axes for an input of {len(key.size)}")
+    return key, alignment
 
 
 def _key(record: dict[str, Any]) -> Key:

@@ -462,35 +462,44 @@ def align(
     No masks are needed. Later commands with this config use what was measured, as long as weights, method, layer and
     input size stay the same.
     """
-    from volsal.alignments import beside
+    from volsal.alignments import Alignments, beside
+    from volsal.attribution import AlignmentError
     from volsal.config import load_config
     from volsal.explain import Explainer
-    from volsal.scans import read_case
 
     settings = _load(load_config(config))
-    explainer = Explainer.from_config(settings, method, target)
+    # What an earlier file says is of no use here, and a damaged one no hindrance.
+    explainer = Explainer.from_config(settings, method, target, alignment="half-pixel")
     chosen = _some_cases(settings, scans, number)
-    measured = explainer.measure(read_case(paths, **_reading(settings)) for paths in chosen)
-    measured.write(beside(config))
+    measured = explainer.measure(chosen, lambda error: say(f"skipped: {error}", err), **_reading(settings))
+    try:
+        kept = Alignments.read(beside(config))
+    except AlignmentError:
+        kept = Alignments()
+    kept.update(measured)
+    kept.write(beside(config))
     table = Table(box=None, pad_edge=False)
-    for column in ("method", "layer", "target", "input", "stride", "half-pixel", "measured (voxels)", "scans"):
+    for column in ("method", "layer", "target", "input", "stride", "offset (voxels)", "maps with evidence"):
         table.add_column(column, overflow="fold")
     for key, found in measured.items():
-        if key.weights == explainer.weights_sha256:
-            error = found.uncertainty or (float("nan"),) * len(found.offset)
-            table.add_row(
-                key.method,
-                cell(key.layer),
-                cell(key.target),
-                " x ".join(map(str, key.size)),
-                " ".join(f"{step:.3g}" for step in found.stride),
-                " ".join(f"{(abs(step) - 1) / 2:.3g}" for step in found.stride),
-                "  ".join(f"{x:.2f} \u00b1 {se:.2f}" for x, se in zip(found.offset, error, strict=True)),
-                str(found.scans),
-            )
-    say("offset of a layer's first cell on the model's input, along its axes, \u00b1 standard error:")
+        error = found.uncertainty or (float("nan"),) * len(found.offset)
+        table.add_row(
+            key.method,
+            cell(key.layer),
+            cell(key.target),
+            " x ".join(map(str, key.size)),
+            " ".join(f"{step:.3g}" for step in found.stride),
+            "  ".join(f"{x:.2f} \u00b1 {se:.2f}" for x, se in zip(found.offset, error, strict=True)),
+            str(found.scans),
+        )
+    say(f"{len(chosen)} scans; where the layer's first cell looks on the model's input, \u00b1 standard error:")
     out.print(table)
-    say(f"written to {beside(config)}; it is used from now on")
+    use = (
+        "used from now on"
+        if settings.alignment in ("auto", "measured")
+        else (f"not used while the config says alignment: {settings.alignment}")
+    )
+    say(f"written to {beside(config)}; {use}")
 
 
 def _some_cases(config: Config, scans: list[Path] | None, number: int) -> list[Sequence[Path]]:
@@ -565,9 +574,21 @@ def check_geometry(
     if output:
         report.write(output)
         say(f"written to {output}")
-    if not report.sound(tolerance):
-        say(f"volsal: an impulse comes back more than {tolerance:g} model voxels from where it was planted: the "
-            "preprocessing moves the image and not its affine, or not by as much; see the table", err)  # fmt: skip
+    sound = report.sound(tolerance)
+    if sound is None:
+        say(
+            "volsal: cannot tell: the impulses seen do not differ in place along each axis, so that a mirrored image "
+            "would look right; use a scan of which the model sees more",
+            err,
+        )
+    elif not sound:
+        say(
+            f"volsal: an impulse comes back more than {tolerance:g} model voxels from where it was planted: the "
+            "preprocessing moves the image and not its affine, not by as much, or blurs or clips it to one side; see "
+            "the table",
+            err,
+        )
+    if not sound:
         raise typer.Exit(SOME_FAILED)
     say(f"preprocessing and the way back to the scan are right within {tolerance:g} model voxels")
 

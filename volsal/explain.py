@@ -7,8 +7,8 @@ import os
 import platform
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from hashlib import sha256
@@ -34,6 +34,7 @@ from volsal.attribution import (
     Method,
     ModelError,
     Target,
+    default_layer,
     parse_target,
     target_id,
 )
@@ -326,7 +327,7 @@ class Explainer:
             list(targets or config.targets),
             section.classes,
             alignment or config.alignment,
-            Alignments.read(beside(config.path)),
+            Alignments.read(beside(config.path)) if (alignment or config.alignment) in ("auto", Measured.id) else None,
         )
 
     @property
@@ -394,10 +395,25 @@ class Explainer:
             },
         )
 
-    def measure(self, scans: Iterable[Scan]) -> Alignments:
+    def measure(
+        self,
+        scans: Iterable[Scan | Sequence[str | Path]],
+        skip: Callable[[VolsalError], None] | None = None,
+        **reading: Any,
+    ) -> Alignments:
         """Measure where the cells of each CAM's layer lie, on a handful of scans, and use it from now on.
 
         Eight to sixteen scans in which the model finds something are plenty; no masks are asked.
+
+        Parameters
+        ----------
+        scans : scans in memory, or the files of each
+        skip : told of a scan that cannot be used, which is then left out; None: the error is raised
+        reading : as for a call
+
+        Returns
+        -------
+        What was measured, which :attr:`alignments` holds from now on.
 
         Raises
         ------
@@ -406,17 +422,23 @@ class Explainer:
         SettingsError
             Where none of the methods takes its map at a layer.
         """
-        cams = {cam for method in self.methods if (cam := cam_of(method))}
+        cams = [cam for method in self.methods if (cam := cam_of(method))]
         if not cams:
             raise SettingsError("none of the methods takes its map at a layer, so there is nothing to align")
         collector = Collector()
         for scan in scans:
-            tensor = self.model_input(scan)
-            for cam in cams:
-                cam.attribute(self.model, tensor, self.targets, collector)
-        for group, alignment in collector.pooled().items():
-            self.alignments[Key(self.weights_sha256, *group)] = alignment
-        return self.alignments
+            try:
+                tensor = self.model_input(scan if isinstance(scan, Scan) else read_case(scan, **reading))
+                # Two methods may share a map: it counts once.
+                for cam in {replace(cam, layer=cam.layer or default_layer(self.model, tensor)) for cam in cams}:
+                    cam.attribute(self.model, tensor, self.targets, collector)
+            except VolsalError as error:
+                if skip is None:
+                    raise
+                skip(error)
+        found = Alignments((Key(self.weights_sha256, *of), alignment) for of, alignment in collector.pooled().items())
+        self.alignments.update(found)
+        return found
 
     def model_input(self, scan: Scan) -> Tensor:
         """What the model would see of ``scan``: (1, C, D, H, W), in its dtype, on its device."""
@@ -581,12 +603,23 @@ def _beyond(maps: Sequence[Heatmap]) -> list[str]:
 
 
 def _misplaced(maps: Sequence[Heatmap], rule: AlignmentRule) -> list[str]:
-    return [
-        f"{heatmap.name}: where the layer's cells look could not be measured, so they were placed by the "
-        f"{heatmap.alignment.kind} rule, which may be half a cell off"
-        for heatmap in maps
-        if heatmap.alignment and heatmap.alignment.kind != rule.id and heatmap.status != "empty"
-    ]
+    notes = []
+    for heatmap in maps:
+        used = heatmap.alignment
+        if used is None or heatmap.status == "empty":
+            continue
+        if used.kind != rule.id:
+            notes.append(
+                f"{heatmap.name}: where the layer's cells look could not be measured, so they were placed by the "
+                f"{used.kind} rule, which may be half a cell off"
+            )
+        elif used.uncertainty and (np.array(used.uncertainty) > np.abs(used.stride) / 2).any():
+            voxels = ", ".join(f"{x:.1f}" for x in used.uncertainty)
+            notes.append(
+                f"{heatmap.name}: its place is uncertain by up to {voxels} voxels of the model's input along its axes, "
+                "more than half a cell: what made it is spread out, or lies in several places"
+            )
+    return notes
 
 
 def environment() -> dict[str, Any]:

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -147,9 +148,9 @@ def test_what_cannot_be_followed_back_falls_back_or_is_an_error():
 
 
 def test_an_offset_out_of_reach_is_drawn_back():
-    known = Alignment("measured", (4.0, 4.0, 4.0), (8.0, 0.0, -8.0), (0.1, 0.1, 0.1), 9)
+    known = Alignment("measured", (4.0, 4.0, 4.0), (8.0, 0.0, -6.0), (0.1, 0.1, 0.1), 9)
     alignment, _ = found(Shifted(), spot((15.2, 17.9, 21.4)), Measured(lambda of, size: known))
-    np.testing.assert_allclose((alignment.offset[0], alignment.offset[2]), (8 - 3, -8 + 3))
+    np.testing.assert_allclose((alignment.offset[0], alignment.offset[2]), (8 - 3, -6 + 3))
     assert abs(alignment.offset[1]) < 1
 
 
@@ -170,7 +171,8 @@ def test_a_batch_gives_the_median_of_its_volumes(dtype):
     x = torch.cat([spot(at) for at in ((15.2, 17.9, 21.4), (12.0, 14.0, 16.0), (18.0, 20.0, 22.0))]).to(dtype)
     each = [found(model, one[None], Measured())[0].offset for one in x]
     together = GradCAM("features").attribute(model, x, [ClassLogit(1)], Measured()).alignments[0]
-    np.testing.assert_allclose(together.offset, np.median(each, axis=0), atol=1e-3)
+    # Evidence at exactly half the maximum may fall on either side of it.
+    np.testing.assert_allclose(together.offset, np.median(each, axis=0), atol=0.15)
     assert together.scans == 3
 
 
@@ -231,7 +233,7 @@ def test_an_explainer_measures_and_then_uses_what_it_measured():
     ((key, alignment),) = measured.items()
     assert (key.layer, key.target, key.size, alignment.scans) == ("features", "class-1", (32, 36, 40), 2)
     # Far from it, so that a use of it shows: the scan's own offset is drawn back towards it.
-    measured[key] = Alignment("measured", (4.0, 4.0, 4.0), (8.0, 8.0, 8.0), None, 2)
+    explainer.alignments[key] = Alignment("measured", (4.0, 4.0, 4.0), (8.0, 8.0, 8.0), None, 2)
     assert min(explainer(scans[0]).maps[0].alignment.offset) == pytest.approx(5.0)
     with torch.no_grad():
         model.head.weight.mul_(2)  # other weights: what was measured no longer holds
@@ -248,3 +250,84 @@ def test_every_rule_is_registered_by_its_id():
     assert {name: rule.id for name, rule in ALIGNMENTS.items()} == {name: name for name in ALIGNMENTS}
     with pytest.raises(volsal.VolsalError, match=r"half-pixle.*half-pixel"):
         volsal.Explainer(Shifted(), None, "grad-cam", 1, alignment="half-pixle")
+
+
+def test_exchanged_axes_are_refused_rather_than_placed():
+    class Turned(Shifted):
+        def forward(self, x):
+            return super().forward(x.permute(0, 1, 4, 3, 2))
+
+    with pytest.raises(AlignmentError, match="axes are not the input's"):
+        found(Turned(), spot((6, 15, 25), (32, 32, 32)), Measured())
+
+
+@pytest.mark.parametrize(
+    "change", [{"stride": (2.0, 2.0, 2.0)}, {"stride": (-4.0,) * 3}, {"offset": (500.0, 0.0, 0.0)}]
+)
+def test_what_cannot_be_of_this_layer_is_not_used(change):
+    known = replace(Alignment("measured", (4.0,) * 3, (0.0,) * 3, (0.1,) * 3, 9), **change)
+    x = spot((15.2, 17.9, 21.4))
+    assert found(Shifted(), x, Measured(lambda of, size: known))[0] == found(Shifted(), x, Measured())[0]
+
+
+def test_what_is_drawn_back_is_uncertain():
+    known = Alignment("measured", (4.0, 4.0, 4.0), (8.0, 0.0, 0.0), (0.1, 0.1, 0.1), 9)
+    alignment, _ = found(Shifted(), spot((15.2, 17.9, 21.4)), Measured(lambda of, size: known))
+    assert alignment.uncertainty[0] > 3 > 2 > alignment.uncertainty[1]
+
+
+def test_a_constant_map_measures_nothing():
+    alignment, _ = found(Shifted(), torch.ones(1, 1, 32, 36, 40), Measured())
+    assert alignment.kind == "half-pixel"
+
+
+@pytest.mark.parametrize("scale", [1e-22, 1e22])
+def test_the_score_s_scale_does_not_matter(scale):
+    model, x = Shifted((0, 2, 4)), spot((15.2, 17.9, 21.4))
+    expected = found(model, x, Measured())[0].offset
+    with torch.no_grad():
+        model.head.weight.mul_(scale)
+    np.testing.assert_allclose(found(model, x, Measured())[0].offset, expected, atol=1e-2)
+
+
+def test_a_model_that_wraps_what_is_raised_inside_it_is_still_measured():
+    class Wrapping(Shifted):
+        def forward(self, x):
+            try:
+                return super().forward(x)
+            except Exception as error:
+                raise RuntimeError("layer failed") from error
+
+    assert found(Wrapping(), spot((15.2, 17.9, 21.4)), Measured(strict=True))[0].kind == "measured"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"stride": [4, 4]},
+        {"offset": [float("nan")] * 3},
+        {"stride": [0, 4, 4]},
+        {"stride": "444"},
+        {"scans": 0},
+        {"scans": float("inf")},
+        {"uncertainty": [1]},
+    ],
+)
+def test_an_edited_file_is_refused_when_read(tmp_path, change):
+    key = Key("abc", "grad-cam", "features", "class-1", (32, 36, 40))
+    Alignments({key: Alignment("measured", (4.0,) * 3, (0.0,) * 3, None, 8)}).write(tmp_path / "a.json")
+    content = json.loads((tmp_path / "a.json").read_text())
+    content["entries"][0]["alignment"].update(change)
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    with pytest.raises(AlignmentError, match=r"a\.json"):
+        Alignments.read(tmp_path / "a.json")
+
+
+def test_a_scan_that_cannot_be_used_is_told_and_left_out(tmp_path):
+    scans = [tmp_path / "missing.nii.gz", volsal.Scan.from_array(spot((15, 18, 21))[0, 0], np.diag([2, 2, 2, 1]))]
+    told = []
+    explainer = volsal.Explainer(Shifted(), None, ["grad-cam", GuidedGradCAM("features")], 1)
+    measured = explainer.measure([[scans[0]], scans[1]], told.append)
+    assert "missing.nii.gz" in str(told[0])
+    # Two methods that share a map count it once.
+    assert [alignment.scans for alignment in measured.values()] == [1]

@@ -36,7 +36,9 @@ class Strided(nn.Module):
 def scan():
     rng = np.random.default_rng(5)
     i, j, k = np.meshgrid(*[np.linspace(-1, 1, n) for n in (40, 36, 32)], indexing="ij")
-    content = 300 * np.exp(-3 * ((i - 0.2) ** 2 + (j + 0.1) ** 2 + k**2)) + 40 * i + 20 * j + rng.normal(0, 2, i.shape)
+    content = (
+        200 + 300 * np.exp(-3 * ((i - 0.2) ** 2 + (j + 0.1) ** 2 + k**2)) + 40 * i + 20 * j + rng.normal(0, 2, i.shape)
+    )
     return Scan.from_array(content, AFFINE)
 
 
@@ -108,3 +110,34 @@ def test_preprocessing_that_hides_everything_is_an_error(scan):
 
     with pytest.raises(GeometryError, match="crop, clip or mask"):
         check_geometry(volsal.Explainer(Strided(), [Blank()], "grad-cam", 1), scan)
+
+
+def test_mirrored_voxels_are_seen_though_the_phantom_is_symmetric():
+    i, j, k = np.meshgrid(*[np.linspace(-1, 1, n) for n in (40, 36, 12)], indexing="ij")
+    symmetric = Scan.from_array(300 * np.exp(-3 * (i**2 + j**2 + k**2)), np.diag([2.0, 2.0, 3.0, 1.0]))
+
+    class Mirrored:
+        def __call__(self, x):
+            turned = x.clone()
+            turned[:] = x.as_tensor().flip(1)
+            return turned
+
+    assert check_geometry(volsal.Explainer(Strided(), [], "grad-cam", 1), symmetric).sound()
+    assert check_geometry(volsal.Explainer(Strided(), [Mirrored()], "grad-cam", 1), symmetric).sound() is False
+
+
+def test_an_intensity_window_does_not_count_as_a_shift(scan):
+    import monai.transforms as transforms
+
+    window = transforms.ScaleIntensityRange(150, 330, 0, 1, clip=True)
+    report = check_geometry(volsal.Explainer(Strided(), [*steps(), window], "grad-cam", 1), scan)
+    assert report.sound()
+
+
+def test_a_model_that_exchanges_axes_is_noted(scan):
+    class Turned(Strided):
+        def forward(self, x):
+            return super().forward(x.permute(0, 1, 4, 3, 2))
+
+    explainer = volsal.Explainer(Turned(), steps(), "grad-cam", 1, alignment="half-pixel")
+    assert any("turn or shift" in note for note in check_geometry(explainer, scan).notes)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -83,14 +82,17 @@ class Alignment:
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Alignment:
         """The inverse of :meth:`describe`; ValueError, KeyError or TypeError where it is none."""
-        uncertainty = record["uncertainty"]
-        return cls(
-            str(record["kind"]),
-            tuple(float(x) for x in record["stride"]),
-            tuple(float(x) for x in record["offset"]),
-            None if uncertainty is None else tuple(float(x) for x in uncertainty),
-            int(record["scans"]),
-        )
+        stride, offset, uncertainty = (record[name] for name in ("stride", "offset", "uncertainty"))
+        rows = [stride, offset] if uncertainty is None else [stride, offset, uncertainty]
+        if not all(isinstance(row, list) and len(row) == len(stride) for row in rows):
+            raise ValueError("stride, offset and uncertainty are lists of one number per axis")
+        numbers = [tuple(float(x) for x in row) for row in rows]
+        if not np.isfinite(numbers).all() or 0 in numbers[0]:
+            raise ValueError("stride, offset and uncertainty are finite, and no stride is 0")
+        scans = int(record["scans"])
+        if scans < 1:
+            raise ValueError(f"measured on {scans} scans")
+        return cls(str(record["kind"]), numbers[0], numbers[1], None if uncertainty is None else numbers[2], scans)
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,7 +209,8 @@ class Measured(AlignmentRule):
     This asks nothing of the data, such as symmetry, and stays with inputs that the network knows.  Since it is done for
     each volume it also tells where within a large cell the evidence lay.  An offset further than ``reach`` strides from
     what was measured on other volumes, or, where nothing was, from the middle that the half-pixel rule assumes, is
-    drawn back to that distance: the two centroids then belong to different things.
+    drawn back to that distance, and what is cut off counts as uncertainty: the two centroids then belong to different
+    things.
 
     Parameters
     ----------
@@ -223,19 +226,30 @@ class Measured(AlignmentRule):
 
     def __call__(self, model: nn.Module, volume: Tensor, of: LayerMap) -> Alignment:
         """The volume's own alignment, within reach of what is known; of a batch, the median over its volumes."""
-        known = self.known(of, tuple(volume.shape[2:]))
-        start = known or _centred(model, volume, of)
+        start = _centred(model, volume, of)
+        known = self._fitting(start, of, tuple(volume.shape[2:]))
+        begin = known or start
         try:
-            own, doubt = offsets(model, volume, of, start)
-        except AlignmentError:
+            own, doubt = offsets(model, volume, of, begin)
+        except (AlignmentError, torch.OutOfMemoryError):
             if self.strict:
                 raise
-            return start
+            own = doubt = np.empty((0, volume.ndim - 2))
         if not len(own):
-            return start
-        reach = self.reach[0 if known else 1] * np.abs(start.stride)
-        offset = np.array(start.offset) + np.clip(np.median(own, axis=0) - start.offset, -reach, reach)
-        return Alignment(self.id, start.stride, _rounded(offset), _rounded(np.median(doubt, axis=0)), len(own))
+            return known or HalfPixel()(model, volume, of)
+        reach = self.reach[0 if known else 1] * np.abs(begin.stride)
+        middle = np.median(own, axis=0)
+        offset = np.array(begin.offset) + np.clip(middle - begin.offset, -reach, reach)
+        uncertainty = np.maximum(np.median(doubt, axis=0), np.abs(middle - offset))
+        return Alignment(self.id, begin.stride, _rounded(offset), _rounded(uncertainty), len(own))
+
+    def _fitting(self, start: Alignment, of: LayerMap, size: tuple[int, ...]) -> Alignment | None:
+        """What is known, if it can be of this layer: the same weights may stand in another architecture."""
+        known = self.known(of, size)
+        if known is None or len(known.stride) != len(start.stride) or not np.allclose(known.stride, start.stride):
+            return None
+        near = np.abs(np.subtract(known.offset, start.offset)) <= 2 * np.abs(start.stride)
+        return known if near.all() else None
 
 
 ALIGNMENTS: dict[str, type[AlignmentRule]] = {rule.id: rule for rule in (HalfPixel, Nominal, Measured, FlipAverage)}
@@ -294,21 +308,41 @@ def offsets(
     AlignmentError
         Where the network before the layer cannot be differentiated.
     """
-    activation = of.activation.detach().requires_grad_(True)
-    with torch.inference_mode(False), torch.enable_grad():
-        values = of.combine(activation, of.gradient).clamp(min=0)
-        (seeds,) = torch.autograd.grad(values.square().sum() / 2, activation)
-    evidence = _followed_back(model, of.layer, volume, seeds).clamp(min=0).sum(1)
+    evidence = _followed_back(model, of.layer, volume, _seeds(of)).clamp(min=0).sum(1)
     found, doubts = [], []
     for cells, voxels in zip(of.values[:, 0].detach().clamp(min=0).cpu().double(), evidence, strict=True):
         # As wide as a quarter of a cell: single voxels of a gradient are noise.
         smooth = _smoothed(voxels.cpu().double(), [abs(step) / 4 for step in start.stride]).numpy()
-        if float(cells.max()) > 0 and smooth.max() > 0:
+        # A constant map has no place to compare.
+        if float(cells.max() - cells.min()) > 1e-3 * float(cells.max()) and smooth.max() > 0:
             at = [centroid(smooth, share) for share in (0.25, 0.5, 0.75)]
             found.append(_fitted(cells, at[1], start, smooth.shape))
             doubts.append(np.ptp(at, axis=0) / 2)
     axes = volume.ndim - 2
     return np.array(found).reshape(-1, axes), np.array(doubts).reshape(-1, axes)
+
+
+def _seeds(of: LayerMap) -> Tensor:
+    """The gradient of the map's positive values, squared and summed, by the activation; to its own scale.
+
+    Scale says nothing of place, and half precision or a saturated score could lose it.
+    """
+    activation = of.activation.detach().requires_grad_(True)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            values = of.combine(activation, _scaled(of.gradient)).clamp(min=0)
+            (seeds,) = torch.autograd.grad(_scaled(values).square().sum() / 2, activation)
+    except (RuntimeError, TypeError) as error:
+        raise AlignmentError(
+            f"{of.method} at layer {of.layer!r} cannot be differentiated by the activation: {_line(error)}"
+        ) from error
+    return _scaled(seeds)
+
+
+def _scaled(values: Tensor) -> Tensor:
+    """``values`` over their largest magnitude."""
+    top = values.detach().abs().amax()
+    return values / top if float(top) > 0 else values
 
 
 def _fitted(cells: Tensor, at: NDArray[np.float64], start: Alignment, size: tuple[int, ...]) -> NDArray[np.float64]:
@@ -338,8 +372,14 @@ def _followed_back(model: nn.Module, layer: str, volume: Tensor, seeds: Tensor) 
         leaf = plain(volume).requires_grad_(True)
         hook = find_layer(model, layer).register_forward_hook(stop)
         try:
-            with GuidedRule(), suppress(_Reached):
+            with GuidedRule():
                 model(leaf.clone())
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            # A model may catch and wrap what is raised inside it; the layer has been reached all the same.
+            if not reached:
+                raise AlignmentError(f"layer {layer!r} cannot be followed back to the input: {_line(error)}") from error
         finally:
             hook.remove()
         try:
@@ -347,8 +387,11 @@ def _followed_back(model: nn.Module, layer: str, volume: Tensor, seeds: Tensor) 
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, IndexError) as error:
-            reason = str(error).splitlines()[0]
-            raise AlignmentError(f"layer {layer!r} cannot be followed back to the input: {reason}") from error
+            raise AlignmentError(f"layer {layer!r} cannot be followed back to the input: {_line(error)}") from error
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 _TRACES: WeakKeyDictionary[nn.Module, dict[tuple, Trace]] = WeakKeyDictionary()
@@ -364,11 +407,19 @@ def _traced(model: nn.Module, volume: Tensor, layer: str) -> Trace:
 
 
 def _centred(model: nn.Module, volume: Tensor, of: LayerMap) -> Alignment:
-    """The traced stride where there is one, with the cells' middle on the input's middle: a start, and no claim."""
+    """The traced stride where there is one, with the cells' middle on the input's middle: a start, and no claim.
+
+    AlignmentError where the layer's axes are known not to be the input's: every place would be wrong.
+    """
     customary = HalfPixel()(model, volume, of)
     traced = _traced(model, volume, of.layer)
-    if not traced.regular:
+    if traced.lost:
         return customary
+    if not traced.regular:
+        raise AlignmentError(
+            f"layer {of.layer!r}: its axes are not the input's, in the input's order (its dimensions run along "
+            f"{traced.axes}), so its cells cannot be laid over the scan; name a layer before the axes are exchanged"
+        )
     spans = zip(volume.shape[2:], of.cells, traced.stride, strict=True)
     return Alignment(customary.kind, traced.stride, tuple((n - 1 - step * (m - 1)) / 2 for n, m, step in spans))
 

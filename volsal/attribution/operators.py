@@ -172,6 +172,8 @@ def _gather(call: Call) -> Place:
     if len(named) != 1 or index.ndim != 1 or index.dtype == torch.bool:
         raise UntraceableError("with several indices or a mask")
     rows = index.tolist()
+    if not rows:
+        raise UntraceableError("with no index at all")
     scale = rows[1] - rows[0] if len(rows) > 1 else 1
     if spatial(call.place.dims[dim]) and rows != [rows[0] + scale * j for j in range(len(rows))]:
         raise UntraceableError("with indices that are not evenly spaced")
@@ -389,7 +391,8 @@ def outcome(call: Call, rule: Rule | None, operator: str) -> list[Fate]:
         if rule is None:
             raise UntraceableError("")
         found = rule(call)
-    except UntraceableError as error:
+    except (UntraceableError, IndexError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        # A rule that does not know a case must not stop a model that runs: what it gives has no known place.
         earlier = [fate for _, fate in call.inputs if isinstance(fate, Lost)]
         return [earlier[0] if earlier else Lost(f"{operator} {error}".strip())] * len(call.outputs)
     if isinstance(found, list):

@@ -35,8 +35,12 @@ from volsal.scans.write import map_header, replacing, write_map
 _SIGMA = 1.2
 # The rules that do not ask what the map is of: an impulse is no evidence for any class.
 _RULES: tuple[AlignmentRule, ...] = (HalfPixel(), Nominal())
-# Where spots go, as shares of the model's field of view; none lies on a voxel's centre by construction.
+# Where spots go, as shares of a field of view; none lies on a voxel's centre by construction.
 _SHARES = (0.31, 0.69)
+# A spot's height, as a share of the scan's range: little enough to stay inside an intensity window nearly everywhere.
+_HEIGHT = 0.05
+# An impulse that changes the input by less than this share of the strongest is cut by an intensity window.
+_WHOLE = 0.8
 
 
 class GeometryError(VolsalError, ValueError):
@@ -112,7 +116,8 @@ class GeometryReport:
 
     Attributes
     ----------
-    planted, unseen : how many impulses were planted, and how many of them left no trace in the model's input
+    planted, unseen : how many impulses were planted, and how many of them left no whole trace in the model's input
+    places_voxels : (N, 3) where those seen were planted, in voxels of the model's input
     stages : in the order of the way
     placements : where this scan's own maps are put, by the explainer's alignment
     notes : rules that had no answer, and why
@@ -121,14 +126,21 @@ class GeometryReport:
 
     planted: int
     unseen: int
+    places_voxels: NDArray[np.float64]
     stages: tuple[Stage, ...]
     placements: tuple[Placement, ...]
     notes: tuple[str, ...]
     provenance: dict[str, Any]
 
-    def sound(self, within_voxels: float = 0.5) -> bool:
-        """Whether preprocessing and the way home put each impulse within that many of the model's voxels."""
-        return all(float(np.abs(stage.errors_voxels).max()) <= within_voxels for stage in self.stages[:2])
+    def sound(self, within_voxels: float = 0.5) -> bool | None:
+        """Whether preprocessing and the way home put each impulse within that many of the model's voxels.
+
+        None where it cannot be told: the impulses that were seen do not differ in place along each axis, so that a
+        mirrored image would look right.
+        """
+        if any(float(np.abs(stage.errors_voxels).max()) > within_voxels for stage in self.stages[:2]):
+            return False
+        return True if (np.ptp(self.places_voxels, axis=0) >= 2).all() else None
 
     def write(self, path: Path) -> None:
         """Write all figures as JSON; WriteError where the disk refuses."""
@@ -161,11 +173,17 @@ def check_geometry(explainer: Explainer, scan: Scan) -> GeometryReport:
         after = _preprocessed(explainer, scan, place, before)
         if after is not None:
             seen.append(_Impulse(place, after))
+    if not places:
+        raise GeometryError(
+            f"{scan}: no place lies well inside both the scan ({scan.grid}) and the model's input ({before.grid}), so "
+            "no impulse can be planted; use a larger scan"
+        )
     if not seen:
         raise GeometryError(
-            f"{scan}: none of {len(places)} spots, brighter than the scan by its own range, changes the model's input; "
+            f"{scan}: none of {len(places)} spots, {_HEIGHT:.0%} of the scan's range high, changes the model's input; "
             "does the preprocessing crop, clip or mask everything away?"
         )
+    seen = _unclipped(seen, before)
     stages = [_input_stage(seen, before), _home_stage(seen, before, scan)]
     notes: list[str] = []
     for layer in _layers(explainer, before):
@@ -178,7 +196,13 @@ def check_geometry(explainer: Explainer, scan: Scan) -> GeometryReport:
         **environment(),
     }
     return GeometryReport(
-        len(places), len(places) - len(seen), tuple(stages), placements, tuple(dict.fromkeys(notes)), provenance
+        len(places),
+        len(places) - len(seen),
+        before.grid.voxel([impulse.place for impulse in seen]),
+        tuple(stages),
+        placements,
+        tuple(dict.fromkeys(notes)),
+        provenance,
     )
 
 
@@ -192,14 +216,37 @@ class _Impulse:
         return (self.tensor - before.tensor).abs().sum(1)[0]
 
 
+def _unclipped(seen: list[_Impulse], before: ModelInput) -> list[_Impulse]:
+    """Those that an intensity window leaves whole: one cut on one side has its centre elsewhere, and nothing moved.
+
+    A whole one changes the input by as much as any other does.  Where that leaves few, intensities are not merely
+    scaled and clipped, and all count.
+    """
+    changes = [float(impulse.trace(before).sum()) for impulse in seen]
+    whole = [impulse for impulse, change in zip(seen, changes, strict=True) if change >= _WHOLE * max(changes)]
+    return whole if len(whole) >= 4 else seen
+
+
 def _places(inputs: Grid, scan: Grid) -> Iterator[NDArray[np.float64]]:
-    """World positions inside both fields of view: the middle of the model's, and around it."""
-    margin = 3 * _spot_mm(inputs, scan) @ np.abs(np.linalg.inv(scan.affine[:3, :3])).T
-    for share in [(0.5, 0.5, 0.5), *product(_SHARES, repeat=3)]:
-        place = inputs.world((np.array(inputs.shape) - 1) * share + (0.13, -0.21, 0.29))
-        at = scan.voxel(place)
-        if (at >= margin).all() and (at <= np.array(scan.shape) - 1 - margin).all():
-            yield place
+    """World positions inside both fields of view: about the middle of the model's, or else of the scan's."""
+    spot = _spot_mm(inputs, scan)
+    found = 0
+    for lattice in (inputs, scan):
+        for share in [(0.5, 0.5, 0.5), *product(_SHARES, repeat=3)]:
+            place = lattice.world((np.array(lattice.shape) - 1) * share + (0.13, -0.21, 0.29))
+            if all(_inside(grid, place, spot) for grid in (inputs, scan)):
+                found += 1
+                yield place
+        if found > 4:  # else the model's field is much larger than the scan
+            return
+
+
+def _inside(grid: Grid, place: NDArray[np.float64], spot_mm: NDArray[np.float64]) -> bool:
+    """Whether two standard deviations of a spot fit, or, along an axis of few voxels, a quarter of it."""
+    last = np.array(grid.shape) - 1
+    margin = np.minimum(2 * spot_mm @ np.abs(np.linalg.inv(grid.affine[:3, :3])).T, last / 4)
+    at = grid.voxel(place)
+    return bool((at >= margin).all() and (at <= last - margin).all())
 
 
 def _spot_mm(inputs: Grid, scan: Grid) -> NDArray[np.float64]:
@@ -239,7 +286,7 @@ def _with_spot(scan: Scan, spot: NDArray[np.float32], folder: Path | None) -> Sc
     channels = []
     for number, channel in enumerate((scan, *scan.further)):
         low, high = np.percentile(channel.array, (1, 99))
-        array = channel.array + spot * np.float32(max(float(high - low), 1e-6))
+        array = channel.array + spot * np.float32(_HEIGHT * max(float(high - low), 1e-6))
         path = channel.path
         if folder is not None:
             path = folder / f"channel-{number}.nii.gz"
@@ -306,7 +353,13 @@ def _layer_stages(
             kept.append(impulse)
             cell = np.abs(alignment.stride) * before.grid.spacing
         if landed:
-            yield _stage(f"{layer}, {rule.id}", landed, kept, before.grid, cell)
+            stage = _stage(f"{layer}, {rule.id}", landed, kept, before.grid, cell)
+            if stage.distances_mm.mean() > np.linalg.norm(cell):
+                notes.append(
+                    f"{stage.name}: impulses land {stage.distances_mm.mean():.3g} mm away on average, more than a cell "
+                    "is wide from corner to corner; does the model turn or shift its input before this layer?"
+                )
+            yield stage
 
 
 def _activation(explainer: Explainer, layer: str, tensor: Tensor) -> Tensor:
