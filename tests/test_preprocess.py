@@ -313,3 +313,17 @@ def test_after_any_steps_the_blob_is_where_the_affine_says(phantom, chain):
     # Picking and averaging voxels is exact on average only: each such step may add its own rounding.
     rough = sum(next(iter(step.values())).get("mode") in ("area", "nearest", "nearest-exact") for step in chain)
     assert np.linalg.norm(found - BLOB_MM) < 0.1 + (0.1 + 0.25 * rough) * result.grid.spacing.max()
+
+
+def test_an_lps_affine_is_refused(scan_file):
+    """The classic: the affine is SimpleITK's, and nobody turned it."""
+    import nibabel as nib
+
+    def prepared(path, turn=None):
+        image = nib.load(path)
+        return np.asarray(image.dataobj, dtype=np.float32)[None], image.affine if turn is None else turn @ image.affine
+
+    scan = read_scan(scan_file())
+    as_preprocess(prepared)(scan)
+    with pytest.raises(PreprocessError, match=r"LPS.*wrong side.*diag"):
+        as_preprocess(lambda path: prepared(path, np.diag([-1, -1, 1, 1])))(scan)

@@ -39,9 +39,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help=(
         "See where in a scan a 3D model found its evidence.\n\n"
-        "volsal takes a trained 3D network and scans (NIfTI), asks the network what made it say what it says, and "
-        "writes the answer as overlay volumes on each scan's own voxels: open them over the scan in napari, 3D Slicer, "
-        "ITK-SNAP or FSLeyes.\n\n"
+        "volsal takes a trained 3D network and scans (NIfTI, DICOM, NRRD, MetaImage), asks the network what made it "
+        "say what it says, and writes the answer as overlay volumes on each scan's own voxels: open them over the scan "
+        "in napari, 3D Slicer, ITK-SNAP or FSLeyes.\n\n"
         "New here? Run [bold]volsal demo[/bold]: it needs no data of yours."
     ),
 )
@@ -247,7 +247,7 @@ def _report(explanation: Explanation, home: Path) -> None:
     for note in explanation.notes:
         say(f"note: {note}", style="yellow")
     table = Table(
-        "method", "target", "layer", "evidence", "peak (R, A, S mm)", "display range", box=None, pad_edge=False
+        "method", "target", "layer", "cells", "evidence", "peak (R, A, S mm)", "display range", box=None, pad_edge=False
     )
     for heatmap in explanation.maps:
         peak = heatmap.peak_mm
@@ -255,6 +255,7 @@ def _report(explanation: Explanation, home: Path) -> None:
             heatmap.method,
             cell(heatmap.target),
             cell(heatmap.layer or "input"),
+            heatmap.alignment.kind if heatmap.alignment else "-",
             {"ok": "found", "empty": "none (empty map)", "constant": "no place (constant map)"}[heatmap.status],
             ", ".join(f"{mm:.1f}" for mm in peak) if peak else "-",
             f"0 to {heatmap.window[1]:.3g} {heatmap.unit}",
@@ -408,7 +409,9 @@ def _a_scan(config: Config, scans: list[Path] | None, series: str | None, slices
         cases, _ = find_cases(config.folder / section.folder, section.pattern, section.channels)
         scans = next((list(case.paths) for case in cases.values() if not case.fault), None)
     if not scans:
-        raise ConfigError(f"{config.path}: name a scan or give --shape, so that the model can be run once")
+        raise ConfigError(
+            f"{config.path}: name a scan, so that the model can be run once (for `volsal layers`, or --shape)"
+        )
     return read_case(scans, **_reading(config, series=series, slices=slices))
 
 
@@ -536,7 +539,8 @@ def check_geometry(
     """Plant impulses at known places in a scan, and say how far they land from there, stage by stage.
 
     Through the config's own preprocessing, on the way back to the scan, and in the cells of each layer a map is taken
-    at, under each alignment rule. Exit status 1 where the first two are off by more than the tolerance.
+    at, placed by the half-pixel and the nominal rule; and where the scan's own maps are put. Exit status 1 where the
+    first two are off by more than the tolerance.
     """
     from volsal.audit.geometry import check_geometry as check
     from volsal.config import load_config
@@ -544,7 +548,8 @@ def check_geometry(
 
     settings = _load(load_config(config))
     explainer = Explainer.from_config(settings, method)
-    report = check(explainer, _a_scan(settings, scan, series, slices))
+    chosen = _a_scan(settings, scan, series, slices)
+    report = check(explainer, chosen)
     table = Table(box=None, pad_edge=False)
     for column in (
         "stage",
@@ -565,7 +570,10 @@ def check_geometry(
             f"{figures['largest_distance_mm']:.2f}",
             " x ".join(f"{mm:.3g}" for mm in figures["cell_mm"]),
         )
-    say(f"{report.planted} impulses planted, {report.planted - report.unseen} seen by the model; how far they land:")
+    say(
+        f"{chosen}: {report.planted} impulses planted, {report.planted - report.unseen} seen whole by the model; "
+        "how far from where they were planted they land:"
+    )
     out.print(table)
     if report.placements:
         _placed(report)
@@ -595,7 +603,7 @@ def check_geometry(
 
 def _placed(report: GeometryReport) -> None:
     table = Table(box=None, pad_edge=False)
-    for column in ("map of this scan", "alignment", "from half-pixel (voxels)", "uncertainty", "from half-pixel (mm)"):
+    for column in ("map of this scan", "alignment", "moved from half-pixel (voxels)", "uncertainty", "moved (mm)"):
         table.add_column(column, overflow="fold")
     for placement in report.placements:
         figures, used = placement.describe(), placement.alignment
@@ -607,6 +615,10 @@ def _placed(report: GeometryReport) -> None:
             ", ".join(f"{mm:+.2f}" for mm in figures["from_half_pixel_mm"]),
         )
     out.print(table)
+    say(
+        "impulses show where a layer answers to anything bright; maps are put where the evidence for their own class "
+        "is seen, which trained kernels may place elsewhere"
+    )
 
 
 @app.command()

@@ -62,7 +62,7 @@ FORMAT = 1
 RESULT_VERSION = 2
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Heatmap:
     """One method's answer for one target, on the scan's own voxels.
 
@@ -95,6 +95,9 @@ class Heatmap:
     alignment: Alignment | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     coverage: dict[str, int] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"Heatmap({self.name}, {self.status}, layer {self.layer or 'none'}, {self.grid!r})"
 
     @property
     def name(self) -> str:
@@ -156,7 +159,7 @@ class Prediction:
         return f"class {self.index}{f' ({self.name})' if self.name else ''}, logits {numbers}"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Explanation:
     """What one scan gave: the prediction, the maps on the scan's grid, and what made them."""
 
@@ -166,6 +169,9 @@ class Explanation:
     maps: tuple[Heatmap, ...]
     notes: tuple[str, ...]
     provenance: dict[str, Any]
+
+    def __repr__(self) -> str:
+        return f"Explanation({self.case}: {self.prediction}; {', '.join(heatmap.name for heatmap in self.maps)})"
 
     def map(self, method: str, target: str | None = None) -> Heatmap:
         """The map of that method (and target, where there are several)."""
@@ -613,11 +619,12 @@ def _misplaced(maps: Sequence[Heatmap], rule: AlignmentRule) -> list[str]:
                 f"{heatmap.name}: where the layer's cells look could not be measured, so they were placed by the "
                 f"{used.kind} rule, which may be half a cell off"
             )
-        elif used.uncertainty and (np.array(used.uncertainty) > np.abs(used.stride) / 2).any():
-            voxels = ", ".join(f"{x:.1f}" for x in used.uncertainty)
+        elif used.held or (used.uncertainty and (np.array(used.uncertainty) > np.abs(used.stride) / 2).any()):
+            voxels = ", ".join(f"{x:.1f}" for x in used.uncertainty or ())
             notes.append(
-                f"{heatmap.name}: its place is uncertain by up to {voxels} voxels of the model's input along its axes, "
-                "more than half a cell: what made it is spread out, or lies in several places"
+                f"{heatmap.name}: its place is uncertain, by {voxels} voxels of the model's input along its axes: what "
+                "made the map is spread out or lies in several places"
+                + (", and further from where cells usually look than is believed" if used.held else "")
             )
     return notes
 
@@ -645,7 +652,8 @@ def _forget(home: Path, scan: Scan) -> None:
     except (ValueError, KeyError, TypeError):  # damaged: nothing in it can be relied on
         before, names = _describe_scan(scan), []
     now = _describe_scan(scan)
-    if before["sha256"] != now["sha256"] and before["path"] != now["path"]:
+    other_file = before["path"] != now["path"] or before.get("series") != now.get("series")
+    if before["sha256"] != now["sha256"] and other_file:
         raise WriteError(
             f"{home}: already holds the result of another scan, {before['path']}; give this one another case id "
             "(--case) or another output folder"

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from volsal.errors import VolsalError, nearest
-from volsal.grid import Grid, GridError
+from volsal.grid import Grid, GridError, lps_to_ras
 from volsal.resampling import resample
 from volsal.scans import Scan
 
@@ -306,6 +306,7 @@ def _require_same_anatomy(tensor: Tensor, grid: Grid, scan: Scan, how: str) -> N
     coarse = Grid(shape, grid.affine @ np.diag([*stride, 1.0]))
     inner = _within(coarse, scan.grid)
     if not inner.any():
+        _require_ras(seen, coarse, lattice, 0.0, scan, how)
         return
     there = resample(scan.array, scan.grid, coarse)[inner]
 
@@ -314,6 +315,7 @@ def _require_same_anatomy(tensor: Tensor, grid: Grid, scan: Scan, how: str) -> N
         return abs(_correlation(turned[lattice][inner], there))
 
     stated = fit((0, 1, 2), ())
+    _require_ras(seen, coarse, lattice, stated, scan, how)
     turns = [
         (order, flips)
         for order in itertools.permutations(range(3))
@@ -329,6 +331,22 @@ def _require_same_anatomy(tensor: Tensor, grid: Grid, scan: Scan, how: str) -> N
             f"{scan}: after {how}, the model's input fits the scan better {' and '.join(change)} (r = {best:.2f}) "
             f"than where its affine places it ({stated:.2f}): a step turned the voxels and not the affine, and the map "
             "would land on the wrong side; use MONAI's Flip, Rotate90 or Orientation for it"
+        )
+
+
+def _require_ras(seen: NDArray, coarse: Grid, lattice: tuple[slice, ...], stated: float, scan: Scan, how: str) -> None:
+    """Refuse an affine that fits the scan better once turned from LPS, the world of DICOM and ITK, into RAS."""
+    turned = Grid(coarse.shape, lps_to_ras(coarse.affine))
+    inner = _within(turned, scan.grid)
+    if inner.mean() < _LEAST_OVERLAP:
+        return
+    fits = abs(_correlation(seen[lattice][inner], resample(scan.array, scan.grid, turned)[inner]))
+    # Half turns keep much of a head's shape, and filters may keep little of its contrast: only a clear fit tells.
+    if fits >= 0.7 and fits - stated > 0.05:
+        raise PreprocessError(
+            f"{scan}: after {how}, the model's input fits the scan better (r = {fits:.2f}) with its affine read as LPS, "
+            f"as DICOM and SimpleITK have it, than as RAS ({stated:.2f}); the map would land on the wrong side: "
+            "return numpy.diag([-1, -1, 1, 1]) @ affine"
         )
 
 

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from volsal.cli import app
 from volsal.grid import Grid
-from volsal.scans import ScanError, dicom_decode, dicom_pixels, read_scan
+from volsal.scans import ScanError, dicom_decode, dicom_pixels, read_case, read_scan
 from volsal.scans.dicom import list_series
 from volsal.scans.dicom_frames import groups, survey
 from volsal.scans.dicom_stack import arrange
@@ -984,3 +984,21 @@ def test_the_real_series_explained_lies_where_its_nifti_lies(real, tmp_path):
     one, other = sitk.ReadImage(overlay), sitk.ReadImage(str(tmp_path / "itk.nii.gz"))
     for corner in ((0, 0, 0), (511, 0, 23), (0, 511, 23), (511, 511, 0)):
         assert math.dist(one.TransformIndexToPhysicalPoint(corner), other.TransformIndexToPhysicalPoint(corner)) < 0.1
+
+
+@pytest.mark.parametrize(("tag", "name"), [("PatientID", "patient"), ("FrameOfReferenceUID", "frame of reference")])
+def test_the_real_series_of_two_patients(real, tag, name):
+    folder, slices = real
+    other = {"PatientID": "SECRET-12345", "FrameOfReferenceUID": generate_uid()}[tag]
+    for dataset in slices[12:]:
+        setattr(dataset, tag, other)
+    with pytest.raises(ScanError, match=rf"{name} 1.*{name} 2") as refused:
+        read_scan(rewrite(folder, slices))
+    assert "SECRET" not in str(refused.value)
+    assert other not in str(refused.value)
+
+
+def test_slices_named_one_by_one_are_no_channels(write):
+    folder = write(Series(rows=12, columns=14, n=10).slices(), "one")
+    with pytest.raises(ScanError, match="folder instead"):
+        read_case(sorted(folder.iterdir()))

@@ -47,6 +47,8 @@ class Alignment:
     uncertainty : of a measured offset, voxels: its standard error where several scans were measured; on a single one,
         how far the offset moves with the share of the maximum above which evidence counts
     scans : how many scans it was measured on
+    near : how many other scans' measurement it was kept near
+    held : whether it was drawn back to a limit, so that map and evidence do not coincide
     """
 
     kind: str
@@ -54,6 +56,8 @@ class Alignment:
     offset: tuple[float, ...]
     uncertainty: tuple[float, ...] | None = None
     scans: int = 0
+    near: int = 0
+    held: bool = False
 
     def grid(self, inputs: Grid, cells: Sequence[int]) -> Grid:
         """The grid of a map of ``cells`` (3,) on a model input that lies on ``inputs``."""
@@ -241,7 +245,9 @@ class Measured(AlignmentRule):
         middle = np.median(own, axis=0)
         offset = np.array(begin.offset) + np.clip(middle - begin.offset, -reach, reach)
         uncertainty = np.maximum(np.median(doubt, axis=0), np.abs(middle - offset))
-        return Alignment(self.id, begin.stride, _rounded(offset), _rounded(uncertainty), len(own))
+        held = bool((np.abs(middle - offset) > 1e-6).any())
+        near = known.scans if known else 0
+        return Alignment(self.id, begin.stride, _rounded(offset), _rounded(uncertainty), len(own), near, held)
 
     def _fitting(self, start: Alignment, of: LayerMap, size: tuple[int, ...]) -> Alignment | None:
         """What is known, if it can be of this layer: the same weights may stand in another architecture."""

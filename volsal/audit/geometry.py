@@ -166,6 +166,11 @@ def check_geometry(explainer: Explainer, scan: Scan) -> GeometryReport:
     VolsalError
         Where the scan cannot be preprocessed or the model not be run.
     """
+    if isinstance(explainer.preprocess, PathFunction) and scan.path is not None and scan.header is None:
+        raise GeometryError(
+            f"{scan}: {explainer.preprocess!r} reads files itself, and impulses reach it as NIfTI files only; "
+            "check it on a scan that was converted to NIfTI"
+        )
     before = explainer.preprocess(scan)
     seen: list[_Impulse] = []
     places = list(_places(before.grid, scan.grid))

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from volsal.scans.dicom_frames import is_dicom_file
 from volsal.scans.scan import ON_ONE_GRID_MM, Scan, ScanError, read_scan
 
 # Corners apart by less than this, mm, are the same place written with other digits: not worth a word.
@@ -44,6 +45,11 @@ def read_case(
     files = [paths] if isinstance(paths, (str, Path)) else list(paths)
     if not files:
         raise ScanError("a case has at least one file")
+    if len(files) > 1 and all(path.is_file() and is_dicom_file(path) for path in map(Path, files)):
+        raise ScanError(
+            f"{Path(files[0]).parent}: {len(files)} DICOM files were named, which would make each a channel; name "
+            "their folder instead, and --series where it holds several"
+        )
     if volume == "all":
         first, *others = _every_volume(files, reading)
     else:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from volsal.scans.dicom_decode import decode, require_decodable
 from volsal.scans.dicom_frames import (
+    UNSPOKEN,
     Frame,
     Refused,
     Survey,
@@ -201,7 +202,11 @@ def _differences(parts: Sequence[Sequence[Frame]]) -> list[str]:
         same = [other for other in parts if other[0].source.series == part[0].source.series]
         tags = [dict((*other[0].always, *other[0].repeated)) for other in same]
         mine = dict((*part[0].always, *part[0].repeated))
-        told = [f"{name} {mine[name]}" for name in mine if len({tag.get(name) for tag in tags}) > 1]
+        told = []
+        for name, value in mine.items():
+            values = list(dict.fromkeys(tag.get(name) for tag in tags))
+            if len(values) > 1:
+                told.append(f"{name} {values.index(value) + 1 if name in UNSPOKEN else value}")
         names.append(", ".join([_plane(part[0]), *told]))
     return names
 

@@ -12,6 +12,7 @@ import stat
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ _PLACE_TAGS = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"
 # What tells volumes of one series apart.  The first kind always does; the second only where positions repeat, since
 # it may also change along one volume (an acquisition number per table stop).
 _ALWAYS = {
+    "PatientID": "patient",
+    "FrameOfReferenceUID": "frame of reference",
     "EchoTime": "echo time",
     "EffectiveEchoTime": "echo time",
     "TemporalPositionIdentifier": "time point",
@@ -56,6 +59,8 @@ _WHERE_REPEATED = {
     "InversionTime": "inversion time",
     "DiffusionGradientOrientation": "diffusion gradient",
 }
+# Of these only a digest is kept: what they say is nobody's business.
+UNSPOKEN = ("patient", "frame of reference")
 _GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
 _TAGS = [*_FILE_TAGS, *_PLACE_TAGS, *_ALWAYS, *_WHERE_REPEATED, *_GROUPS]
 
@@ -287,6 +292,9 @@ def _told(places: Sequence[Any], names: dict[str, str]) -> tuple[tuple[str, str]
     for keyword, name in names.items():
         value = _value(places, keyword)
         if value is not None:
+            if name in UNSPOKEN:
+                told[name] = sha256(str(value).strip().encode("utf-8", "replace")).hexdigest()
+                continue
             parts = [value] if isinstance(value, (str, float, int)) else list(value)
             told[name] = "/".join(f"{float(p):.5g}" if isinstance(p, (float, int)) else str(p)[:24] for p in parts)
     return tuple(sorted(told.items()))

@@ -26,7 +26,7 @@ class MissingScanError(ScanError):
     """There is no file of that name."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Scan:
     """One patient volume as acquired, with its place in the world.
 
@@ -75,6 +75,9 @@ class Scan:
 
     def __str__(self) -> str:
         return str(self.path) if self.path else "scan in memory"
+
+    def __repr__(self) -> str:
+        return f"Scan({self}, {self.grid!r})"
 
     @property
     def channels(self) -> NDArray[np.float32]:
