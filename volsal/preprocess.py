@@ -344,7 +344,7 @@ def _require_ras(seen: NDArray, coarse: Grid, lattice: tuple[slice, ...], stated
     # Half turns keep much of a head's shape, and filters may keep little of its contrast: only a clear fit tells.
     if fits >= 0.7 and fits - stated > 0.05:
         raise PreprocessError(
-            f"{scan}: after {how}, the model's input fits the scan better (r = {fits:.2f}) with its affine read as LPS, "
+            f"{scan}: after {how}, the model's input fits the scan better (r = {fits:.2f}) if its affine is LPS, "
             f"as DICOM and SimpleITK have it, than as RAS ({stated:.2f}); the map would land on the wrong side: "
             "return numpy.diag([-1, -1, 1, 1]) @ affine"
         )
