@@ -207,11 +207,13 @@ def explain(
     from volsal.config import load_config
     from volsal.explain import Explainer
     from volsal.scans import read_case
-    from volsal.scans.find import case_id
+    from volsal.scans.find import case_id, in_order
     from volsal.scans.write import require_writable
 
     settings = _load(load_config(config))
     given = {"volume": _volume(volume), "form": form, "strict": strict or None, "nan": nan, "regrid": regrid or None}
+    if len(scan) > 1 and settings.scans and settings.scans.channels:
+        scan = in_order(scan, settings.scans.channels)
     read = read_case(scan, **_reading(settings, **given, series=series, slices=slices))
     explainer = Explainer.from_config(settings, method, target, alignment)
     require_writable(output)

@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from volsal.scans.find import case_id, case_ids, find_scans
+from volsal.scans import ScanError
+from volsal.scans.find import case_id, case_ids, find_scans, in_order
 
 
 def make(folder, *names):
@@ -56,3 +57,11 @@ def test_ids_are_unique_whatever_the_order(tmp_path):
     assert len(set(ids.values())) == 5
     assert ids[tmp_path / "c.nii"] == "c"
     assert ids == case_ids(paths[::-1], tmp_path)
+
+
+def test_channels_are_put_in_the_model_s_order():
+    given = [Path("s1_ce_t1.nii.gz"), Path("s1_flair.nii"), Path("s1_t1.nii.gz")]
+    assert in_order(given, ["_flair", "_t1", "_ce_t1"]) == [given[1], given[2], given[0]]
+    for wrong in (given[:2], [given[0], given[1], given[1]], [given[0], given[1], Path("s1_t2.nii")]):
+        with pytest.raises(ScanError, match="_flair, _t1, _ce_t1"):
+            in_order(wrong, ["_flair", "_t1", "_ce_t1"])

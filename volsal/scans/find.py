@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 
 from volsal.scans.dicom_frames import is_dicom_file, is_regular
+from volsal.scans.scan import ScanError
 
 SUFFIXES = (".nii.gz", ".nii", ".hdr", ".nrrd", ".nhdr", ".mha", ".mhd")
 _SEGMENTATION = ".seg.nrrd"  # 3D Slicer's
@@ -87,15 +88,37 @@ def find_cases(
         return {case: FoundCase((path,)) for path, case in case_ids(paths, folder).items()}, 0
     groups: dict[Path, dict[str, list[Path]]] = {}
     for path in paths:
-        stem = path.name[: len(path.name) - len(_suffix(path.name))]
-        # The longest ending counts: "_t1" must not take what is meant by "_ce_t1".
-        ending = max((e for e in channels if stem.endswith(e)), key=len, default=None)
+        ending = _ending(path, channels)
         if ending is not None:
+            stem = path.name[: len(path.name) - len(_suffix(path.name))]
             case = path.with_name(stem.removesuffix(ending) or stem)
             groups.setdefault(case, {}).setdefault(ending, []).append(path)
     ids = case_ids(groups, folder)
     cases = {ids[case]: _gathered(found, channels) for case, found in groups.items()}
     return cases, len(paths) - sum(len(files) for found in groups.values() for files in found.values())
+
+
+def in_order(paths: Sequence[Path], channels: Sequence[str]) -> list[Path]:
+    """One case's files in the model's order, told by how their names end.
+
+    Raises
+    ------
+    ScanError
+        Where the files are not one of each channel.
+    """
+    ordered = {_ending(path, channels): path for path in paths}
+    if len(paths) != len(channels) or set(ordered) != set(channels):
+        raise ScanError(
+            f"{', '.join(path.name for path in paths)}: the config's channels are {', '.join(channels)}, and a case "
+            "has one file whose name ends in each"
+        )
+    return [ordered[ending] for ending in channels]
+
+
+def _ending(path: Path, channels: Sequence[str]) -> str | None:
+    """How the name ends before its suffix; the longest ending counts: "_t1" must not take what "_ce_t1" means."""
+    stem = path.name[: len(path.name) - len(_suffix(path.name))]
+    return max((ending for ending in channels if stem.endswith(ending)), key=len, default=None)
 
 
 def _gathered(found: dict[str, list[Path]], channels: Sequence[str]) -> FoundCase:
