@@ -620,11 +620,11 @@ def _misplaced(maps: Sequence[Heatmap], rule: AlignmentRule) -> list[str]:
                 f"{used.kind} rule, which may be half a cell off"
             )
         elif used.held or (used.uncertainty and (np.array(used.uncertainty) > np.abs(used.stride) / 2).any()):
-            voxels = ", ".join(f"{x:.1f}" for x in used.uncertainty or ())
+            # Without figures, so that a run can count the scans it is true of; they stand in the map's record.
             notes.append(
-                f"{heatmap.name}: its place is uncertain, by {voxels} voxels of the model's input along its axes: what "
-                "made the map is spread out or lies in several places"
-                + (", and further from where cells usually look than is believed" if used.held else "")
+                f"{heatmap.name}: its place is uncertain by more than half a cell"
+                + (", or further from where cells look than is believed" if used.held else "")
+                + ": what made the map is spread out, or lies in several places"
             )
     return notes
 

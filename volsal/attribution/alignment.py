@@ -245,7 +245,7 @@ class Measured(AlignmentRule):
         middle = np.median(own, axis=0)
         offset = np.array(begin.offset) + np.clip(middle - begin.offset, -reach, reach)
         uncertainty = np.maximum(np.median(doubt, axis=0), np.abs(middle - offset))
-        held = bool((np.abs(middle - offset) > 1e-6).any())
+        held = bool((np.abs(middle - offset) > 0.05 * np.abs(begin.stride)).any())
         near = known.scans if known else 0
         return Alignment(self.id, begin.stride, _rounded(offset), _rounded(uncertainty), len(own), near, held)
 
