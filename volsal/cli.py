@@ -464,8 +464,8 @@ def align(
 ) -> None:
     """Measure where the cells of a layer look, on a handful of scans, and keep it beside the config.
 
-    No masks are needed. Later commands with this config use what was measured, as long as weights, method, layer and
-    input size stay the same.
+    No masks are needed. Later commands with this config use what was measured, as long as weights, method, layer,
+    target and input size stay the same.
     """
     from volsal.alignments import Alignments, beside
     from volsal.attribution import AlignmentError

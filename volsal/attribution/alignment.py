@@ -7,7 +7,7 @@ network looked.  Along each axis the centre of cell i lies at input voxel coordi
 
 The stride follows from the architecture.  The offset does not: with even sizes, zero padding is consumed on one side
 only, and training moves the kernels' weight off their centres (Alsallakh et al., "Mind the Pad", ICLR 2021), by up to
-half a cell.  So it can be measured.  To add a rule: a class here and its line in :data:`ALIGNMENTS`.
+a cell.  So it can be measured.  To add a rule: a class here and its line in :data:`ALIGNMENTS`.
 """
 
 from __future__ import annotations
@@ -170,10 +170,9 @@ class Nominal(AlignmentRule):
     def __call__(self, model: nn.Module, volume: Tensor, of: LayerMap) -> Alignment:
         """The traced lines, one per axis."""
         traced = _traced(model, volume, of.layer)
-        if not traced.regular:
-            reason = traced.lost or "its axes are not the input's"
+        if traced.lost:
             raise AlignmentError(
-                f"layer {of.layer!r}: where its cells lie cannot be traced ({reason}); use half-pixel alignment"
+                f"layer {of.layer!r}: where its cells lie cannot be traced ({traced.lost}); use half-pixel alignment"
             )
         return Alignment(self.id, traced.stride, traced.offset)
 
@@ -404,28 +403,29 @@ _TRACES: WeakKeyDictionary[nn.Module, dict[tuple, Trace]] = WeakKeyDictionary()
 
 
 def _traced(model: nn.Module, volume: Tensor, layer: str) -> Trace:
-    """The layer's trace, once per model, layer and input shape."""
+    """The layer's trace, once per model, layer and input shape.
+
+    AlignmentError where the layer's axes are known not to be the input's: every place would be wrong.
+    """
     remembered = _TRACES.setdefault(model, {})
     key = (layer, tuple(volume.shape[1:]))
     if key not in remembered:
         remembered[key] = trace(model, volume[:1], [layer])[layer]
-    return remembered[key]
+    traced = remembered[key]
+    if not (traced.lost or traced.regular):
+        raise AlignmentError(
+            f"layer {layer!r}: its axes are not the input's, in the input's order (its dimensions run along "
+            f"{traced.axes}), so its cells cannot be laid over the scan; name a layer before the axes are exchanged"
+        )
+    return traced
 
 
 def _centred(model: nn.Module, volume: Tensor, of: LayerMap) -> Alignment:
-    """The traced stride where there is one, with the cells' middle on the input's middle: a start, and no claim.
-
-    AlignmentError where the layer's axes are known not to be the input's: every place would be wrong.
-    """
+    """The traced stride where there is one, with the cells' middle on the input's middle: a start, and no claim."""
     customary = HalfPixel()(model, volume, of)
     traced = _traced(model, volume, of.layer)
     if traced.lost:
         return customary
-    if not traced.regular:
-        raise AlignmentError(
-            f"layer {of.layer!r}: its axes are not the input's, in the input's order (its dimensions run along "
-            f"{traced.axes}), so its cells cannot be laid over the scan; name a layer before the axes are exchanged"
-        )
     spans = zip(volume.shape[2:], of.cells, traced.stride, strict=True)
     return Alignment(customary.kind, traced.stride, tuple((n - 1 - step * (m - 1)) / 2 for n, m, step in spans))
 
@@ -443,11 +443,10 @@ def _smoothed(values: Tensor, sigmas: Sequence[float]) -> Tensor:
 
 
 def centroid(values: ArrayLike, share: float = 0.5) -> NDArray[np.float64]:
-    """The centre, in array coordinates, of what reaches ``share`` of the maximum, weighed by its values."""
-    array = np.asarray(values, dtype=float)
-    kept = np.where(array >= share * array.max(), array, 0)
-    where = np.nonzero(kept)
-    return np.average(np.array(where), axis=1, weights=kept[where])
+    """The centre, in array coordinates, of what reaches ``share`` of the maximum, which is above 0, by its values."""
+    array = np.asarray(values)
+    where = np.nonzero(array >= share * array.max())  # of a whole CT this is little; no copy of it is made
+    return np.average(np.array(where), axis=1, weights=array[where].astype(float))
 
 
 def _rounded(values: NDArray[np.float64]) -> tuple[float, ...]:

@@ -29,6 +29,8 @@ class CAM(Method):
     layer : dotted name; None takes the last layer on every path to the output with at least 2 cells in every axis
 
     Costs one inference: the network before the layer runs without a graph, and the backward pass ends at the layer.
+    What an alignment rule costs comes on top: nothing under the half-pixel rule, a guided backward pass for each target
+    under the measured one.
     """
 
     layer: str | None = None

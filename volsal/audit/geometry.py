@@ -1,8 +1,9 @@
 """Do maps land where they should?  Impulses at known places, sent through the user's own preprocessing and model.
 
 A small bright spot is added to the user's scan at a known position, and everything that volsal does to a map is done to
-the difference that the spot makes: in the model's input, on the way home from there, and in a layer's cells under each
-alignment rule.  How far each lands from where the spot was planted needs neither masks nor trust in volsal.
+the difference that the spot makes: in the model's input, on the way home from there, and in a layer's cells under the
+half-pixel and the nominal rule.  How far each lands from where the spot was planted needs neither masks nor trust in
+volsal.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ class GeometryReport:
     places_voxels : (N, 3) where those seen were planted, in voxels of the model's input
     stages : in the order of the way
     placements : where this scan's own maps are put, by the explainer's alignment
-    notes : rules that had no answer, and why
+    notes : rules that had no answer, and why; layers in which no rule puts an impulse near its place
     provenance : the scan and the model this holds for, and what made it
     """
 
@@ -157,12 +158,13 @@ class GeometryReport:
 
 
 def check_geometry(explainer: Explainer, scan: Scan) -> GeometryReport:
-    """Plant impulses in ``scan`` and follow them through ``explainer``'s preprocessing, layers and alignment rules.
+    """Plant impulses in ``scan`` and follow them through ``explainer``'s preprocessing and layers.
 
     Raises
     ------
     GeometryError
-        Where no impulse leaves a trace in the model's input.
+        Where no impulse can be planted, or none leaves a trace in the model's input; for preprocessing that reads
+        DICOM by itself.
     VolsalError
         Where the scan cannot be preprocessed or the model not be run.
     """
@@ -174,8 +176,9 @@ def check_geometry(explainer: Explainer, scan: Scan) -> GeometryReport:
     before = explainer.preprocess(scan)
     seen: list[_Impulse] = []
     places = list(_places(before.grid, scan.grid))
+    heights = [_height(channel.array) for channel in (scan, *scan.further)]
     for place in places:
-        after = _preprocessed(explainer, scan, place, before)
+        after = _preprocessed(explainer, scan, heights, place, before)
         if after is not None:
             seen.append(_Impulse(place, after))
     if not places:
@@ -259,13 +262,21 @@ def _spot_mm(inputs: Grid, scan: Grid) -> NDArray[np.float64]:
     return _SIGMA * np.maximum(*(np.abs(grid.affine[:3, :3]).max(axis=1) for grid in (inputs, scan)))
 
 
-def _preprocessed(explainer: Explainer, scan: Scan, place: NDArray[np.float64], before: ModelInput) -> Tensor | None:
+def _height(array: NDArray[np.float32]) -> np.float32:
+    """How high a spot stands in a channel, in its units."""
+    low, high = np.percentile(array, (1, 99))
+    return np.float32(_HEIGHT * max(float(high - low), 1e-6))
+
+
+def _preprocessed(
+    explainer: Explainer, scan: Scan, heights: Sequence[np.float32], place: NDArray[np.float64], before: ModelInput
+) -> Tensor | None:
     """The model's input with a spot at ``place``, bright or else dark; None where neither shows."""
     spot = _spot(scan.grid, place, _spot_mm(before.grid, scan.grid))
     reads_files = isinstance(explainer.preprocess, PathFunction)
     for sign in (1, -1):
         with tempfile.TemporaryDirectory(prefix="volsal-") as folder:
-            after = explainer.preprocess(_with_spot(scan, sign * spot, Path(folder) if reads_files else None))
+            after = explainer.preprocess(_with_spot(scan, sign * spot, heights, Path(folder) if reads_files else None))
         # A crop that follows the intensities may have moved; the two inputs are then no pair.
         paired = after.grid.same_as(before.grid)
         if paired and float((after.tensor - before.tensor).abs().max()) > 1e-4 * float(before.tensor.abs().max()):
@@ -286,12 +297,11 @@ def _spot(grid: Grid, place: NDArray[np.float64], sigma_mm: NDArray[np.float64])
     return spot
 
 
-def _with_spot(scan: Scan, spot: NDArray[np.float32], folder: Path | None) -> Scan:
+def _with_spot(scan: Scan, spot: NDArray[np.float32], heights: Sequence[np.float32], folder: Path | None) -> Scan:
     """The scan with ``spot`` added to each channel; in files of ``folder`` for preprocessing that reads files."""
     channels = []
-    for number, channel in enumerate((scan, *scan.further)):
-        low, high = np.percentile(channel.array, (1, 99))
-        array = channel.array + spot * np.float32(_HEIGHT * max(float(high - low), 1e-6))
+    for number, (channel, height) in enumerate(zip((scan, *scan.further), heights, strict=True)):
+        array = channel.array + height * spot
         path = channel.path
         if folder is not None:
             path = folder / f"channel-{number}.nii.gz"
@@ -335,21 +345,22 @@ def _home_stage(seen: Sequence[_Impulse], before: ModelInput, scan: Scan) -> Sta
 def _layer_stages(
     explainer: Explainer, layer: str, seen: Sequence[_Impulse], before: ModelInput, notes: list[str]
 ) -> Iterator[Stage]:
-    """What an impulse changes in a layer's cells, placed by each rule that has one answer for one input."""
+    """What an impulse changes in a layer's cells, placed by each of the rules that do not ask what the map is of."""
+    volume = explainer.to_model(before.tensor)
     still = _activation(explainer, layer, before.tensor)
 
     def change(activation: Tensor, gradient: Tensor) -> Tensor:
         return (activation - still).abs().sum(1, keepdim=True)
 
+    changes = [change(_activation(explainer, layer, impulse.tensor), still) for impulse in seen]
     for rule in _RULES:
         landed, kept, cell = [], [], before.grid.spacing
-        for impulse in seen:
-            activation = _activation(explainer, layer, impulse.tensor)
-            of = LayerMap("impulse", layer, "any", change(activation, still), activation, still, change)
-            if not float(of.values.max()) > 0:
+        for impulse, changed in zip(seen, changes, strict=True):
+            if not float(changed.max()) > 0:
                 continue
+            of = LayerMap("impulse", layer, "any", changed, still, still, change)
             try:
-                alignment = rule(explainer.model, explainer.to_model(impulse.tensor), of)
+                alignment = rule(explainer.model, volume, of)
             except AlignmentError as error:
                 notes.append(f"{rule.id}: {error}")
                 break
