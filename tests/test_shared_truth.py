@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from volsal import ClassLogit, ClassMargin, Explainer, GradCAM, HiResCAM, load_model
-from volsal.attribution import ALIGNMENTS
+from volsal.attribution import ALIGNMENTS, Context
 from volsal.attribution.alignment import centroid
 from volsal.preprocess import as_preprocess
 
@@ -128,7 +128,7 @@ def test_measured_alignment_brings_maps_of_trained_models_to_the_evidence(shared
         volume, affine = code.preprocess(truth / task / entry["scan"])
         at = np.linalg.inv(affine) @ [*items[0]["mask_centroid_mm"], 1]
         for name, distances in far.items():
-            answer = method.attribute(model, volume, [ClassLogit(1)], ALIGNMENTS[name]())
+            answer = method.attribute(model, volume, [ClassLogit(1)], Context(ALIGNMENTS[name]()))
             placed = answer.alignments[0].place(answer.maps[0].clamp(min=0), volume.shape[2:])[0, 0]
             distances.append(np.linalg.norm(centroid(placed) - at[:3]))
     means = {name: np.mean(distances) for name, distances in far.items()}

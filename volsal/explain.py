@@ -28,12 +28,14 @@ from volsal.attribution import (
     Alignment,
     AlignmentRule,
     Attribution,
+    Context,
     GradCAM,
     GuidedGradCAM,
     LayerError,
     Method,
     ModelError,
     Target,
+    attribute,
     default_layer,
     parse_target,
     target_id,
@@ -369,7 +371,9 @@ class Explainer:
         refuse_own_map(scan)
         model_input = self.preprocess(scan)
         tensor = self.to_model(model_input.tensor)
-        answers = [(method, method.attribute(self.model, tensor, self.targets, self.align)) for method in self.methods]
+        context = Context(self.align, model_input.grid, case or "")
+        found = attribute(self.model, tensor, self.methods, self.targets, context)
+        answers = list(zip(self.methods, found, strict=True))
         _require_repeatable(answers)
         if not self._known_to_repeat:
             self._require_deterministic(tensor, answers[0][1])
@@ -437,7 +441,7 @@ class Explainer:
                 tensor = self.model_input(scan if isinstance(scan, Scan) else read_case(scan, **reading))
                 # Two methods may share a map: it counts once.
                 for cam in {replace(cam, layer=cam.layer or default_layer(self.model, tensor)) for cam in cams}:
-                    cam.attribute(self.model, tensor, self.targets, collector)
+                    cam.attribute(self.model, tensor, self.targets, Context(collector))
             except VolsalError as error:
                 if skip is None:
                     raise

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from volsal import ClassLogit, GradCAM
+from volsal.attribution import Context
 from volsal.attribution.alignment import Measured
 
 LAYERS = {"resnet18": "layer4", "resnet50": "layer4", "densenet121": "class_layers.relu"}
@@ -49,7 +50,7 @@ def contenders(model: nn.Module, layer: str, volume: Tensor) -> dict[str, Callab
     return {
         "forward": torch.no_grad()(lambda: model(volume)),
         "volsal": lambda: GradCAM(layer)(model, volume, ClassLogit(3)),
-        "measured": lambda: GradCAM(layer).attribute(model, volume, [ClassLogit(3)], Measured()),
+        "measured": lambda: GradCAM(layer).attribute(model, volume, [ClassLogit(3)], Context(Measured())),
         "captum": lambda: LayerGradCam(model, module).attribute(volume, target=3, relu_attributions=True),
         "MONAI": lambda: monai.compute_map(volume, class_idx=3),
     }

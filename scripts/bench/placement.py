@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from volsal.attribution import ClassLogit, GradCAM, HiResCAM, Method
+from volsal.attribution import ClassLogit, Context, GradCAM, HiResCAM, Method
 from volsal.attribution.alignment import AlignmentRule, FlipAverage, HalfPixel, Measured, Nominal, centroid
 from volsal.attribution.cam import CAM
 
@@ -197,7 +197,7 @@ def distances(model: nn.Module, method: CAM, cases: list[Case]) -> dict[str, np.
     for case in cases:
         row = {"monai": _monai(model, method, case)}
         for rule in RULES:
-            answer = method.attribute(model, case.volume, [ClassLogit(case.target)], rule)
+            answer = method.attribute(model, case.volume, [ClassLogit(case.target)], Context(rule))
             placed = answer.alignments[0].place(answer.maps[0].clamp(min=0), case.volume.shape[2:])
             row[rule.id] = _distance(placed[0, 0].numpy(), case.truth)
         if all(value is not None for value in row.values()):

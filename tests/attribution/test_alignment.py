@@ -9,7 +9,7 @@ from torch import nn
 import volsal
 from volsal import ClassLogit, GradCAM, GuidedGradCAM, HiResCAM, PredictedClass
 from volsal.alignments import Alignments, Key, beside
-from volsal.attribution import ALIGNMENTS, AlignmentError
+from volsal.attribution import ALIGNMENTS, AlignmentError, Context
 from volsal.attribution.alignment import (
     Alignment,
     Collector,
@@ -51,7 +51,7 @@ def spot(at, size=(32, 36, 40), sigma=3.0, channels=1):
 
 
 def found(model, x, rule, target=1, method=GradCAM):
-    answer = method("features").attribute(model, x, [ClassLogit(target)], rule)
+    answer = method("features").attribute(model, x, [ClassLogit(target)], Context(rule))
     placed = answer.alignments[0].place(answer.maps[0].clamp(min=0), x.shape[2:])[0, 0]
     return answer.alignments[0], centroid(placed) if placed.max() > 0 else None
 
@@ -107,7 +107,7 @@ def test_nominal_says_what_it_cannot_follow():
             return self.features(x.sort(-1).values).mean((2, 3, 4))
 
     with pytest.raises(AlignmentError, match=r"features.*sort.*half-pixel"):
-        GradCAM("features").attribute(Sorted(), spot((8, 8, 8)), [lambda y: y[:, 0]], Nominal())
+        GradCAM("features").attribute(Sorted(), spot((8, 8, 8)), [lambda y: y[:, 0]], Context(Nominal()))
 
 
 def test_flip_average_cancels_a_lopsided_kernel():
@@ -126,8 +126,8 @@ def test_flip_average_explains_the_class_that_was_predicted_unflipped():
 
     model, x = Sided(), spot((8, 17, 21))
     assert model(x).argmax() == 0
-    predicted = GradCAM("features").attribute(model, x, [PredictedClass()], FlipAverage()).maps[0]
-    first = GradCAM("features").attribute(model, x, [ClassLogit(0)], FlipAverage()).maps[0]
+    predicted = GradCAM("features").attribute(model, x, [PredictedClass()], Context(FlipAverage())).maps[0]
+    first = GradCAM("features").attribute(model, x, [ClassLogit(0)], Context(FlipAverage())).maps[0]
     torch.testing.assert_close(predicted, first)
 
 
@@ -170,7 +170,7 @@ def test_a_batch_gives_the_median_of_its_volumes(dtype):
     model = Shifted((0, 2, 4)).to(dtype)
     x = torch.cat([spot(at) for at in ((15.2, 17.9, 21.4), (12.0, 14.0, 16.0), (18.0, 20.0, 22.0))]).to(dtype)
     each = [found(model, one[None], Measured())[0].offset for one in x]
-    together = GradCAM("features").attribute(model, x, [ClassLogit(1)], Measured()).alignments[0]
+    together = GradCAM("features").attribute(model, x, [ClassLogit(1)], Context(Measured())).alignments[0]
     # Evidence at exactly half the maximum may fall on either side of it.
     np.testing.assert_allclose(together.offset, np.median(each, axis=0), atol=0.15)
     assert together.scans == 3
@@ -196,7 +196,7 @@ def test_a_collector_without_evidence_has_nothing_to_pool():
 def test_guided_grad_cam_uses_the_alignment():
     model, x = Shifted((0, 2, 4)), spot((15.2, 17.9, 21.4))
     method = GuidedGradCAM("features")
-    one, other = (method.attribute(model, x, [ClassLogit(1)], rule) for rule in (HalfPixel(), Measured()))
+    one, other = (method.attribute(model, x, [ClassLogit(1)], Context(rule)) for rule in (HalfPixel(), Measured()))
     assert other.alignments[0].kind == "measured"
     assert not torch.allclose(one.maps[0], other.maps[0])
 

@@ -5,8 +5,18 @@ import torch
 from nets import assert_same_state, random_net, state
 from torch.testing import assert_close
 
-from volsal import METHODS, ClassLogit, ClassMargin, PredictedClass
-from volsal.attribution import TargetError
+from volsal import (
+    METHODS,
+    ClassLogit,
+    ClassMargin,
+    GradCAM,
+    GuidedBackprop,
+    GuidedGradCAM,
+    HiResCAM,
+    InputGradient,
+    PredictedClass,
+)
+from volsal.attribution import TargetError, attribute
 
 
 @pytest.fixture(params=METHODS)
@@ -42,7 +52,7 @@ def test_several_targets_share_one_forward_pass_and_change_nothing(method, axes,
     handle = net[0].register_forward_hook(lambda *_: runs.append(1))
     maps = method(net, inputs, targets)
     handle.remove()
-    assert len(runs) == (2 if method.id == "guided-grad-cam" else 1)
+    assert len(runs) == (2 if method.id == "guided-grad-cam" else 1)  # two ingredients, a pass each
     for one, target in zip(maps, targets, strict=True):
         assert_close(one, method(net, inputs, target), rtol=0, atol=0)
 
@@ -130,3 +140,17 @@ def test_a_model_that_writes_into_its_input_does_not_write_into_the_callers(meth
     kept = inputs.clone()
     method(net, inputs, ClassLogit(0))
     assert torch.equal(inputs, kept)
+
+
+def test_all_methods_together_need_one_pass_for_the_class_activation_maps_and_one_for_each_gradient(volume):
+    net = random_net()
+    methods = [GradCAM("4"), HiResCAM("4"), GradCAM("2"), GuidedBackprop(), GuidedGradCAM("4"), InputGradient()]
+    apart = [method.attribute(net, volume, [ClassLogit(1), PredictedClass()]) for method in methods]
+    runs = []
+    handle = net[0].register_forward_hook(lambda *_: runs.append(1))
+    together = attribute(net, volume, methods, [ClassLogit(1), PredictedClass()])
+    handle.remove()
+    assert len(runs) == 3
+    for ours, alone in zip(together, apart, strict=True):
+        assert_close(ours.maps, alone.maps, rtol=0, atol=1e-7)
+        assert ours.layer == alone.layer

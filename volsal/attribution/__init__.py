@@ -9,7 +9,7 @@ from volsal.attribution.cam import GradCAM, HiResCAM
 from volsal.attribution.gradient import InputGradient
 from volsal.attribution.guided import GuidedBackprop, GuidedGradCAM
 from volsal.attribution.layers import Layer, default_layer, list_layers
-from volsal.attribution.method import Attribution, Method
+from volsal.attribution.method import Attribution, Context, Method, attribute
 from volsal.attribution.rules import CoverageError
 from volsal.attribution.tap import LayerError, ModelError
 from volsal.attribution.targets import (
@@ -36,6 +36,7 @@ __all__ = [
     "Attribution",
     "ClassLogit",
     "ClassMargin",
+    "Context",
     "CoverageError",
     "GradCAM",
     "GuidedBackprop",
@@ -50,6 +51,7 @@ __all__ = [
     "SingleOutput",
     "Target",
     "TargetError",
+    "attribute",
     "default_layer",
     "list_layers",
     "parse_target",

@@ -13,11 +13,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from volsal.attribution.alignment import AlignmentRule, LayerMap
+from volsal.attribution.alignment import LayerMap
 from volsal.attribution.layers import default_layer
-from volsal.attribution.method import HALF_PIXEL, Attribution, Method, detached, scores_of, spatial
-from volsal.attribution.tap import LayerError, Tap, forward, gradients, plain, undisturbed
-from volsal.attribution.targets import PredictedClass, Target, target_id
+from volsal.attribution.method import Attribution, Context, Method, detached, scores_of, spatial
+from volsal.attribution.tap import LayerError, Tap, forward, gradients_by, plain, undisturbed
+from volsal.attribution.targets import PredictedClass, Target, fixed, target_id
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,16 @@ class CAM(Method):
 
     unit: ClassVar[str] = "logit per layer cell"
 
-    def attribute(
-        self, model: nn.Module, volume: Tensor, targets: Sequence[Target], align: AlignmentRule = HALF_PIXEL
-    ) -> Attribution:
-        """Maps (B, 1, *cells) at the layer's own resolution, float32 or wider.
+    @classmethod
+    def family(cls) -> type[Method]:
+        """All class activation maps, at whatever layers, come out of one pass."""
+        return CAM
+
+    @classmethod
+    def run_together(
+        cls, model: nn.Module, volume: Tensor, methods: Sequence[CAM], targets: Sequence[Target], context: Context
+    ) -> list[Attribution]:
+        """Maps (B, 1, *cells) at each layer's own resolution, float32 or wider.
 
         Raises
         ------
@@ -51,51 +57,28 @@ class CAM(Method):
         ModelError
             Where the model cannot be run on this volume.
         AlignmentError
-            Where ``align`` cannot tell where the cells lie.
+            Where the context's rule cannot tell where the cells lie.
         """
-        layer = self.layer or default_layer(model, volume)
-        output, scores, maps = self._at(model, layer, volume, targets)
-        if align.mirrors:
+        layers = [method.layer or default_layer(model, volume) for method in methods]
+        output, scores, found = _maps(model, layers, volume, methods, targets)
+        if context.align.mirrors:
             axes = spatial(volume)
-            same = [_as_judged(target, output) for target in targets]
-            _, _, mirrored = self._at(model, layer, volume.flip(axes), same)
-            maps = [
-                replace(one, values=(one.values + other.values.flip(axes)) / 2)
-                for one, other in zip(maps, mirrored, strict=True)
+            same = [fixed(target, output) for target in targets]
+            _, _, mirrored = _maps(model, layers, volume.flip(axes), methods, same)
+            found = [
+                [replace(a, values=(a.values + b.values.flip(axes)) / 2) for a, b in zip(ours, theirs, strict=True)]
+                for ours, theirs in zip(found, mirrored, strict=True)
             ]
-        alignments = [align(model, volume, one) for one in maps]
-        return Attribution([one.values for one in maps], scores, output, layer, alignments)
-
-    def _at(
-        self, model: nn.Module, layer: str, volume: Tensor, targets: Sequence[Target]
-    ) -> tuple[Any, list[Tensor], list[LayerMap]]:
-        """The output, the scores and the maps, from one forward pass cut at ``layer``."""
-        with undisturbed(model), Tap(model, layer) as tap:
-            output = forward(model, plain(volume))
-            activation = tap.activation
-            if activation.ndim < 3 or activation.ndim != volume.ndim:
-                raise LayerError(
-                    f"layer {layer!r} returns {tuple(activation.shape)}; a CAM needs cells along each of the input's "
-                    f"{volume.ndim - 2} spatial axes"
-                )
-            scores = scores_of(targets, output, len(volume))
-            # Half precision cannot hold the products and means over a large layer.
-            wide = torch.promote_types(activation.dtype, torch.float32)
-            found = gradients(scores, activation, f"layer {layer!r}")
-            activation = activation.detach().to(wide)
-            maps = [
-                LayerMap(
-                    self.id,
-                    layer,
-                    _judged(target, output),
-                    self.combine(activation, gradient.to(wide)),
-                    activation,
-                    gradient.to(wide),
-                    self.combine,
-                )
-                for target, gradient in zip(targets, found, strict=True)
-            ]
-        return detached(output), [s.detach() for s in scores], maps
+        return [
+            Attribution(
+                [one.values for one in maps],
+                scores,
+                output,
+                layer,
+                [context.align(model, volume, one) for one in maps],
+            )
+            for layer, maps in zip(layers, found, strict=True)
+        ]
 
     @abstractmethod
     def combine(self, activation: Tensor, gradient: Tensor) -> Tensor:
@@ -137,12 +120,35 @@ class HiResCAM(CAM):
         return (gradient * activation).sum(1, keepdim=True)
 
 
-def _as_judged(target: Target, output: Any) -> Target:
-    """``target``, with the predicted class being the one predicted in ``output``, whatever is judged next."""
-    if not isinstance(target, PredictedClass):
-        return target
-    predicted = output.argmax(1, keepdim=True)
-    return lambda other: other.gather(1, predicted)[:, 0]
+def _maps(
+    model: nn.Module, layers: Sequence[str], volume: Tensor, methods: Sequence[CAM], targets: Sequence[Target]
+) -> tuple[Any, list[Tensor], list[list[LayerMap]]]:
+    """The output, the scores, and each method's map of each target, from one forward pass cut at ``layers``."""
+    points = list(dict.fromkeys(layers))
+    with undisturbed(model), Tap(model, *points) as tap:
+        output = forward(model, plain(volume))
+        for layer, activation in zip(points, tap.activations, strict=True):
+            if activation.ndim < 3 or activation.ndim != volume.ndim:
+                raise LayerError(
+                    f"layer {layer!r} returns {tuple(activation.shape)}; a CAM needs cells along each of the input's "
+                    f"{volume.ndim - 2} spatial axes"
+                )
+        scores = scores_of(targets, output, len(volume))
+        by_target = gradients_by(scores, tap.activations, [f"layer {layer!r}" for layer in points])
+        # Half precision cannot hold the products and means over a large layer.
+        at = {layer: _wide(activation.detach()) for layer, activation in zip(points, tap.activations, strict=True)}
+        found: list[list[LayerMap]] = [[] for _ in methods]
+        for target, by in zip(targets, by_target, strict=True):
+            owed = {layer: _wide(gradient) for layer, gradient in zip(points, by, strict=True)}
+            for maps, method, layer in zip(found, methods, layers, strict=True):
+                values = method.combine(at[layer], owed[layer])
+                judged = _judged(target, output)
+                maps.append(LayerMap(method.id, layer, judged, values, at[layer], owed[layer], method.combine))
+    return detached(output), [s.detach() for s in scores], found
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _judged(target: Target, output: Any) -> str:

@@ -9,8 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from volsal.attribution.alignment import AlignmentRule
-from volsal.attribution.method import HALF_PIXEL, Attribution, Method, detached, scores_of
+from volsal.attribution.method import Attribution, Context, Method, detached, scores_of
 from volsal.attribution.rules import GuidedRule
 from volsal.attribution.tap import copied_on_write, forward, gradients, plain, undisturbed
 from volsal.attribution.targets import Target
@@ -28,9 +27,7 @@ class InputGradient(Method):
     unit: ClassVar[str] = "logit per unit of model input"
     signed: ClassVar[bool] = True
 
-    def attribute(
-        self, model: nn.Module, volume: Tensor, targets: Sequence[Target], align: AlignmentRule = HALF_PIXEL
-    ) -> Attribution:
+    def run(self, model: nn.Module, volume: Tensor, targets: Sequence[Target], context: Context) -> Attribution:
         """The gradient of each target's score; errors as for :meth:`volsal.GradCAM.attribute`."""
         return by_input(model, volume, targets)
 

@@ -8,10 +8,9 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from volsal.attribution.alignment import AlignmentRule
 from volsal.attribution.cam import GradCAM
 from volsal.attribution.gradient import by_input
-from volsal.attribution.method import HALF_PIXEL, Attribution, Method
+from volsal.attribution.method import Attribution, Context, Method
 from volsal.attribution.rules import GuidedRule
 from volsal.attribution.targets import Target
 
@@ -34,9 +33,7 @@ class GuidedBackprop(Method):
     unit: ClassVar[str] = "guided logit per unit of model input"
     signed: ClassVar[bool] = True
 
-    def attribute(
-        self, model: nn.Module, volume: Tensor, targets: Sequence[Target], align: AlignmentRule = HALF_PIXEL
-    ) -> Attribution:
+    def run(self, model: nn.Module, volume: Tensor, targets: Sequence[Target], context: Context) -> Attribution:
         """The guided gradient of each target's score; other errors as for :meth:`volsal.GradCAM.attribute`."""
         return by_input(model, volume, targets, GuidedRule())
 
@@ -60,12 +57,13 @@ class GuidedGradCAM(Method):
     unit: ClassVar[str] = "logit x guided logit per unit of model input"
     signed: ClassVar[bool] = True
 
-    def attribute(
-        self, model: nn.Module, volume: Tensor, targets: Sequence[Target], align: AlignmentRule = HALF_PIXEL
-    ) -> Attribution:
+    def ingredients(self) -> tuple[Method, ...]:
+        """Grad-CAM at the layer, and guided backprop."""
+        return GradCAM(self.layer), GuidedBackprop()
+
+    def compose(self, volume: Tensor, answers: Sequence[Attribution], context: Context) -> Attribution:
         """The product of the two maps of each target; errors of either."""
-        coarse = GradCAM(self.layer).attribute(model, volume, targets, align)
-        guided = GuidedBackprop().attribute(model, volume, targets)
+        coarse, guided = answers
         shape = tuple(volume.shape[2:])
         maps = [
             alignment.place(cam, shape).to(fine.dtype) * fine

@@ -1,10 +1,11 @@
-"""What every attribution method has in common."""
+"""What every attribution method has in common, and how several of them share passes through the model."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from abc import ABC
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, overload
 
 import torch
@@ -13,13 +14,43 @@ from torch import Tensor, nn
 from volsal.attribution.alignment import Alignment, AlignmentRule, HalfPixel
 from volsal.attribution.targets import Target
 from volsal.attribution.targets import score as score_of
+from volsal.grid import Grid
 
-HALF_PIXEL = HalfPixel()
+
+def _silent(what: str, done: int, of: int) -> None:
+    """No progress is shown."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class Context:
+    """What a method may know besides the model, the volume and the targets.
+
+    Attributes
+    ----------
+    align : finds where a layer's cells lie on the input; methods on the input's own voxels pass it by
+    grid : where the model's input lies; needed by methods whose settings are in millimetres
+    case : id of the case, for settings that name a file per case
+    input_of : reads a scan's file as the model would see it, (1, C, *spatial); None where there is no preprocessing
+    labels_of : reads a label map's file onto the model's input voxels, (*spatial), nearest label
+    progress : told what is being done, how many steps of it are done, and of how many
+    keep : folder in which a long method keeps what it has, to take it up again after a fault; None: nothing is kept
+    """
+
+    align: AlignmentRule = field(default_factory=HalfPixel)
+    grid: Grid | None = None
+    case: str = ""
+    input_of: Callable[[str | Path], Tensor] | None = None
+    labels_of: Callable[[str | Path], Tensor] | None = None
+    progress: Callable[[str, int, int], None] = _silent
+    keep: Path | None = None
+
+
+PLAIN = Context()
+
+
+@dataclass(frozen=True, eq=False)
 class Attribution:
-    """What one pass of a method over a batch gives.
+    """What a method gives for a batch.
 
     Attributes
     ----------
@@ -29,6 +60,10 @@ class Attribution:
     layer : the layer whose cells the maps lie on; None where they lie on the input's own voxels
     alignments : for each target, where the cells of the layer's map lie on the input; empty where no layer is asked
     coverage : activations that a backward rule was put on, by kind
+    parts : for each target the map's parts, (B, P, *cells), where a method was asked for them; empty otherwise
+    part_names : what the P parts are
+    facts : for each target, what a reader of the map should know in figures, such as a convergence delta; plain data
+    notes : the same in words, where something deserves a warning
     """
 
     maps: list[Tensor]
@@ -37,13 +72,20 @@ class Attribution:
     layer: str | None = None
     alignments: Sequence[Alignment] = ()
     coverage: Mapping[str, int] = field(default_factory=dict)
+    parts: Sequence[Tensor] = ()
+    part_names: Sequence[str] = ()
+    facts: Sequence[Mapping[str, Any]] = ()
+    notes: Sequence[str] = ()
 
 
 class Method(ABC):
     """An attribution method: (model, volume, target) -> raw map, neither upsampled nor normalised.
 
-    Subclasses are frozen dataclasses whose fields are the method's settings; they implement :meth:`attribute` and are
-    registered in ``volsal.METHODS`` under :attr:`id`.
+    Subclasses are frozen dataclasses whose fields are the method's settings, and hashable: settings that hold tensors
+    ask for ``eq=False``.  They are registered in ``volsal.METHODS`` under :attr:`id`.  A method either computes, in
+    :meth:`run` (or for many at once, in :meth:`run_together`), or is made of others: then it names them in
+    :meth:`ingredients` and puts them together in :meth:`compose`.  Whoever asks for several methods at once pays for
+    each pass through the model only once.
     """
 
     id: ClassVar[str]
@@ -52,14 +94,35 @@ class Method(ABC):
     #: Whether negative values are evidence against the score (True), or do not occur (False).
     signed: ClassVar[bool]
 
-    @abstractmethod
     def attribute(
-        self, model: nn.Module, volume: Tensor, targets: Sequence[Target], align: AlignmentRule = HALF_PIXEL
+        self, model: nn.Module, volume: Tensor, targets: Sequence[Target], context: Context = PLAIN
     ) -> Attribution:
-        """Maps of ``volume`` (B, C, *spatial) for each target, from one forward pass.
+        """Maps of ``volume`` (B, C, *spatial) for each target, from as few passes as the method allows."""
+        return attribute(model, volume, [self], targets, context)[0]
 
-        ``align`` finds where a layer's cells lie on the input; methods that work on the input's own voxels pass it by.
-        """
+    def run(self, model: nn.Module, volume: Tensor, targets: Sequence[Target], context: Context) -> Attribution:
+        """What :meth:`attribute` gives, of a method that is not made of others."""
+        raise NotImplementedError(f"{type(self).__name__} neither runs nor has ingredients")
+
+    @classmethod
+    def family(cls) -> type[Method] | None:
+        """The class whose :meth:`run_together` takes this method and its kin at once; None where each runs alone."""
+        return None
+
+    @classmethod
+    def run_together(
+        cls, model: nn.Module, volume: Tensor, methods: Sequence[Any], targets: Sequence[Target], context: Context
+    ) -> list[Attribution]:
+        """One answer for each of ``methods``, all of this family."""
+        return [method.run(model, volume, targets, context) for method in methods]
+
+    def ingredients(self) -> tuple[Method, ...]:
+        """The methods that this one is made of; empty for one that computes by itself."""
+        return ()
+
+    def compose(self, volume: Tensor, answers: Sequence[Attribution], context: Context) -> Attribution:
+        """This method's answer, of its ingredients' answers on ``volume``."""
+        raise NotImplementedError(f"{type(self).__name__} has ingredients and must put them together")
 
     @overload
     def __call__(self, model: nn.Module, volume: Tensor, target: Target) -> Tensor: ...
@@ -74,6 +137,36 @@ class Method(ABC):
         if isinstance(target, Sequence):
             return self.attribute(model, volume, target).maps
         return self.attribute(model, volume, [target]).maps[0]
+
+
+def attribute(
+    model: nn.Module, volume: Tensor, methods: Sequence[Method], targets: Sequence[Target], context: Context = PLAIN
+) -> list[Attribution]:
+    """The answer of each method, from as few passes through the model as they allow together.
+
+    Class activation maps of any kinds and layers come out of one pass, and what several methods are made of is
+    computed once.
+    """
+    families: dict[Any, list[Method]] = {}
+    for base in dict.fromkeys(base for method in methods for base in _bases(method)):
+        families.setdefault(base.family() or base, []).append(base)
+    answers: dict[Method, Attribution] = {}
+    for members in families.values():
+        together = (members[0].family() or type(members[0])).run_together
+        answers |= zip(members, together(model, volume, members, targets, context), strict=True)
+    return [_composed(method, volume, answers, context) for method in methods]
+
+
+def _bases(method: Method) -> list[Method]:
+    made_of = method.ingredients()
+    return [base for part in made_of for base in _bases(part)] if made_of else [method]
+
+
+def _composed(method: Method, volume: Tensor, answers: Mapping[Method, Attribution], context: Context) -> Attribution:
+    made_of = method.ingredients()
+    if not made_of:
+        return answers[method]
+    return method.compose(volume, [_composed(part, volume, answers, context) for part in made_of], context)
 
 
 def scores_of(targets: Sequence[Target], output: Any, batch: int) -> list[Tensor]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,57 +101,64 @@ def _first_layer(model: nn.Module, volume: Tensor) -> str:
 
 
 class Tap:
-    """The output of one layer as a leaf, so that what follows can be differentiated by it: the graph cut.
+    """The outputs of some layers as points to differentiate by: the graph cut.
 
-    Inside the block, the layer's output is detached and re-enters the network as a leaf that requires grad.  What came
-    before was not recorded, what comes after is: differentiating by :attr:`activation` costs a backward pass through
-    the suffix alone.  This is exact for any architecture, skip connections included, because the derivative by the
-    layer counts only paths that leave the layer.
+    Inside the block, the output of the first of the layers to run is detached and re-enters the network as a leaf that
+    requires grad.  What came before was not recorded, what comes after is: differentiating by :attr:`activations` costs
+    a backward pass through the suffix alone.  This is exact for any architecture, skip connections included, because
+    the derivative by the layer counts only paths that leave the layer.  Layers that run later, in what was recorded,
+    stay in the graph.
 
     Use inside :func:`undisturbed`.
     """
 
-    def __init__(self, model: nn.Module, layer: str) -> None:
-        self.layer = layer
-        self._module = find_layer(model, layer)
-        self._leaf: Tensor | None = None
+    def __init__(self, model: nn.Module, *layers: str) -> None:
+        self.layers = layers
+        self._modules = [find_layer(model, layer) for layer in layers]
+        self._seen: dict[str, Tensor] = {}
         # A layer may return a parameter or buffer, which must not be written to.
         self._own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
 
     def __enter__(self) -> Tap:
-        self._leaf = None
-        self._hook = self._module.register_forward_hook(self._cut)
+        self._seen.clear()
+        self._hooks = [
+            module.register_forward_hook(partial(self._cut, layer))
+            for layer, module in zip(self.layers, self._modules, strict=True)
+        ]
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
 
-    def _cut(self, module: nn.Module, args: tuple, output: Any) -> Tensor:
-        if self._leaf is not None:
+    def _cut(self, layer: str, module: nn.Module, args: tuple, output: Any) -> Tensor:
+        if layer in self._seen:
             raise LayerError(
-                f"layer {self.layer!r} runs more than once in one forward pass, so it has no single activation; "
+                f"layer {layer!r} runs more than once in one forward pass, so it has no single activation; "
                 "name the layer around it, or one that runs once (`volsal layers` lists them)"
             )
         if not isinstance(output, Tensor):
-            raise LayerError(
-                f"layer {self.layer!r} returns a {type(output).__name__}, not a tensor; name a layer inside"
-            )
-        self._leaf = output.detach().clone().requires_grad_(True)
+            raise LayerError(f"layer {layer!r} returns a {type(output).__name__}, not a tensor; name a layer inside")
+        if output.requires_grad:  # after another layer's cut: a point in the graph, of which in-place steps get a copy
+            self._seen[layer] = output.clone()
+            return self._seen[layer].clone()
+        leaf = self._seen[layer] = output.detach().clone().requires_grad_(True)
         if output.untyped_storage().data_ptr() in self._own:
-            return self._leaf.clone()
+            return leaf.clone()
         try:
             # Written back in place, so that every other name the model has for this memory (an in-place activation's
             # input, an identity's) continues from the leaf too.
-            return output.copy_(self._leaf)
+            return output.copy_(leaf)
         except RuntimeError:  # an expanded view cannot be written to, and nothing can alias it by writing
-            return self._leaf.clone()
+            return leaf.clone()
 
     @property
-    def activation(self) -> Tensor:
-        """The layer's output, (B, C, *cells): the leaf."""
-        if self._leaf is None:
-            raise LayerError(f"layer {self.layer!r} did not run in the forward pass; name one that does")
-        return self._leaf
+    def activations(self) -> list[Tensor]:
+        """Each layer's output, (B, C, *cells)."""
+        for layer in self.layers:
+            if layer not in self._seen:
+                raise LayerError(f"layer {layer!r} did not run in the forward pass; name one that does")
+        return [self._seen[layer] for layer in self.layers]
 
 
 def find_layer(model: nn.Module, layer: str) -> nn.Module:
@@ -162,36 +170,44 @@ def find_layer(model: nn.Module, layer: str) -> nn.Module:
 
 
 def gradients(scores: list[Tensor], leaf: Tensor, where: str) -> list[Tensor]:
-    """The gradient of each score by ``leaf``, of the leaf's shape; the graph is kept until the last one.
+    """The gradient of each score by ``leaf``, of the leaf's shape; errors as for :func:`gradients_by`."""
+    return [found for (found,) in gradients_by(scores, [leaf], [where])]
+
+
+def gradients_by(scores: list[Tensor], points: Sequence[Tensor], where: Sequence[str]) -> list[list[Tensor]]:
+    """The gradient of each score by each of ``points``, from one backward pass a score; the graph goes with the last.
 
     A volume's score depends on that volume alone (evaluation mode), so the gradient of the sum holds each volume's own.
 
     Raises
     ------
     LayerError
-        Where no differentiable path leads from ``where`` to a score, or a gradient is NaN.
+        Where no differentiable path leads from a point (``where`` names them) to a score, or a gradient is NaN.
     """
     found = []
     # A float16 model's gradients by a large layer are below what float16 holds, so they travel multiplied.
-    scale = 1024.0 if leaf.dtype == torch.float16 else 1.0
+    scale = 1024.0 if any(point.dtype == torch.float16 for point in points) else 1.0
     for number, score in enumerate(scores):
-        gradient = None
+        by: Sequence[Tensor | None] = [None] * len(points)
         if score.requires_grad:
             last = number == len(scores) - 1
             try:
-                (gradient,) = torch.autograd.grad(scale * score.sum(), leaf, retain_graph=not last, allow_unused=True)
+                by = torch.autograd.grad(scale * score.sum(), points, retain_graph=not last, allow_unused=True)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
                 reason = str(error).splitlines()[0]
-                raise ModelError(f"the model has no backward pass to {where}: {reason}") from error
-            gradient = gradient if gradient is None or scale == 1 else gradient.float() / scale
-        if gradient is None:
-            raise LayerError(
-                f"no gradient reaches {where}: the score does not depend on it through differentiable steps "
-                "(is there a detach, an argmax or a no_grad in the model after it?)"
-            )
-        if not torch.isfinite(gradient).all():
-            raise LayerError(f"the gradient at {where} is NaN or infinite; check the weights and the input")
-        found.append(gradient)
+                raise ModelError(f"the model has no backward pass to {where[0]}: {reason}") from error
+        found.append([_checked(gradient, scale, name) for gradient, name in zip(by, where, strict=True)])
     return found
+
+
+def _checked(gradient: Tensor | None, scale: float, where: str) -> Tensor:
+    if gradient is None:
+        raise LayerError(
+            f"no gradient reaches {where}: the score does not depend on it through differentiable steps "
+            "(is there a detach, an argmax or a no_grad in the model after it?)"
+        )
+    if not torch.isfinite(gradient).all():
+        raise LayerError(f"the gradient at {where} is NaN or infinite; check the weights and the input")
+    return gradient if scale == 1 else gradient.float() / scale

@@ -62,6 +62,11 @@ class PredictedClass:
             )
         return logits.gather(1, logits.argmax(1, keepdim=True))[:, 0]
 
+    def fixed(self, output: Any) -> Target:
+        """The logits of the classes that were predicted in ``output``."""
+        predicted = output.detach().argmax(1, keepdim=True)
+        return lambda other: other.gather(1, tiled(predicted, len(other)))[:, 0]
+
 
 @dataclass(frozen=True)
 class ClassMargin:
@@ -168,6 +173,22 @@ def target_id(target: Target) -> str:
     """The target's id for file names: its ``id``, else its function's name reduced to a-z, 0-9 and hyphens."""
     name = getattr(target, "id", None) or getattr(target, "__name__", type(target).__name__)
     return re.sub(r"[^a-z0-9]+", "-", str(name).lower()).strip("-") or "custom"
+
+
+def fixed(target: Target, output: Any) -> Target:
+    """``target`` with every choice that it makes by looking at the output made once and for all, on ``output``.
+
+    A changed copy of a scan must be asked the same question as the scan: the logit of the class that was predicted for
+    the scan, the mask that was predicted for it.  What comes back takes outputs of any whole number of copies of the
+    batch, the copies of the whole batch one after the other.  A target that makes such choices has a method ``fixed``.
+    """
+    choose = getattr(target, "fixed", None)
+    return choose(output) if choose else target
+
+
+def tiled(values: Tensor, batch: int) -> Tensor:
+    """``values`` (B, ...) repeated along the first axis for ``batch`` = n * B volumes: copies of the whole batch."""
+    return values.repeat(batch // len(values), *(1,) * (values.ndim - 1)) if batch != len(values) else values
 
 
 def score(target: Target, output: Any, batch: int) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from volsal.attribution import Alignment, AlignmentError, AlignmentRule, default_layer, target_id
+from volsal.attribution import Alignment, AlignmentError, AlignmentRule, Context, default_layer, target_id
 from volsal.attribution.alignment import HalfPixel, LayerMap, Nominal, centroid
 from volsal.attribution.tap import Tap, forward, plain, undisturbed
 from volsal.errors import VolsalError
@@ -320,7 +320,7 @@ def _layers(explainer: Explainer, before: ModelInput) -> list[str]:
 def _placements(explainer: Explainer, before: ModelInput) -> Iterator[Placement]:
     volume = explainer.to_model(before.tensor)
     for cam in dict.fromkeys(cam for method in explainer.methods if (cam := cam_of(method))):
-        answer = cam.attribute(explainer.model, volume, explainer.targets, explainer.align)
+        answer = cam.attribute(explainer.model, volume, explainer.targets, Context(explainer.align))
         for target, alignment, cells in zip(explainer.targets, answer.alignments, answer.maps, strict=True):
             # At the middle of the cells: strides may differ, as where the input is no multiple of them.
             middle = (np.array(cells.shape[2:]) - 1) / 2
@@ -381,7 +381,7 @@ def _layer_stages(
 def _activation(explainer: Explainer, layer: str, tensor: Tensor) -> Tensor:
     with undisturbed(explainer.model), Tap(explainer.model, layer) as tap, torch.no_grad():
         forward(explainer.model, plain(explainer.to_model(tensor)))
-        return tap.activation.detach().float()
+        return tap.activations[0].detach().float()
 
 
 def _stage(
