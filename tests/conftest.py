@@ -16,7 +16,7 @@ SHARED = Path(os.environ.get("VOLSAL_SHARED", Path(__file__).parents[2] / "share
 
 @pytest.fixture(autouse=True, scope="session")
 def few_threads():
-    torch.set_num_threads(2)
+    torch.set_num_threads(min(2, int(os.environ.get("OMP_NUM_THREADS", 2))))
 
 
 @pytest.fixture

@@ -88,3 +88,12 @@ def test_all_mistakes_are_told_at_once(config):
 def test_a_missing_file_is_told(tmp_path):
     with pytest.raises(ConfigError, match="no such config file"):
         load_config(tmp_path / "none.yaml")
+
+
+def test_channels_can_be_kept_apart(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("model: {factory: net.py:Net}\nper_channel: true\n")
+    assert load_config(path).per_channel
+    path.write_text("model: {factory: net.py:Net}\nper_chanel: true\n")
+    with pytest.raises(ConfigError, match=r"config\.yaml:2: per_chanel: unknown key; did you mean 'per_channel'"):
+        load_config(path)

@@ -9,7 +9,8 @@ from torch import nn
 import volsal
 from volsal import ClassLogit, Explainer, GradCAM, Heatmap, HiResCAM, read_scan
 from volsal.attribution import LayerError, ModelError, TargetError
-from volsal.explain import CASE_FILE, SettingsError, UnknownMethodError
+from volsal.choices import SettingsError, UnknownMethodError
+from volsal.explanation import CASE_FILE
 from volsal.grid import Grid
 from volsal.resampling import resample
 from volsal.scans.write import WriteError
@@ -114,7 +115,7 @@ def test_a_write_that_fails_leaves_no_record(scan_file, model, tmp_path, monkeyp
         calls.append(path)
         raise WriteError("no space left")
 
-    monkeypatch.setattr("volsal.explain.write_map", fail)
+    monkeypatch.setattr("volsal.explanation.write_map", fail)
     with pytest.raises(WriteError):
         explanation.save(tmp_path / "out")
     assert calls
@@ -294,10 +295,10 @@ def test_the_digest_follows_the_weights(model):
     assert explainer.weights_sha256 != before
 
 
-def test_autocast_around_it_changes_nothing(scan_file, model):
+def test_half_precision_autocast_around_it_changes_nothing(scan_file, model):
     path = scan_file()
     expected = Explainer(model, None, "grad-cam", 1)(path).maps[0].values
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=torch.float16):
         np.testing.assert_array_equal(Explainer(model, None, "grad-cam", 1)(path).maps[0].values, expected)
 
 

@@ -1,8 +1,8 @@
 """Saliency for volumetric medical imaging models: where in the patient a 3D model found its evidence.
 
 >>> import volsal
->>> sorted(volsal.METHODS)
-['grad-cam', 'guided-backprop', 'guided-grad-cam', 'hires-cam', 'input-gradient']
+>>> {"grad-cam", "guided-backprop", "occlusion"} <= volsal.METHODS.keys()
+True
 """
 
 from importlib import import_module
@@ -13,20 +13,57 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from volsal.attribution import (
         METHODS,
+        RISE,
+        AblationCAM,
         ClassLogit,
         ClassMargin,
+        Component,
+        ComponentAt,
+        CosineSimilarity,
+        Deconvnet,
+        DeepLIFT,
+        EigenCAM,
+        EigenGradCAM,
+        ExpectedGradients,
+        FusedCAM,
+        Given,
         GradCAM,
+        GradCAMPlusPlus,
+        GradientTimesInput,
         GuidedBackprop,
         GuidedGradCAM,
         HiResCAM,
         InputGradient,
+        IntegratedGradients,
+        Labels,
+        LayerCAM,
+        LinearCAM,
+        Mask,
+        Named,
+        Occlusion,
+        OneOutput,
+        Position,
         PredictedClass,
+        Region,
+        RegionAblation,
+        RespondCAM,
+        ScoreCAM,
+        Segment,
         SingleOutput,
+        SmoothGrad,
+        SmoothGradSquared,
+        VarGrad,
+        Voxel,
+        Windows,
+        Within,
+        XGradCAM,
+        explain_windows,
         list_layers,
     )
     from volsal.config import load_config
     from volsal.errors import VolsalError
-    from volsal.explain import Explainer, Explanation, Heatmap
+    from volsal.explain import Explainer
+    from volsal.explanation import Explanation, Heatmap
     from volsal.grid import Grid
     from volsal.models import load_model
     from volsal.resampling import resample
@@ -36,12 +73,18 @@ if TYPE_CHECKING:
 # second; torch alone takes two.
 _HOMES = {
     "volsal.attribution": (
-        "METHODS", "ClassLogit", "ClassMargin", "GradCAM", "GuidedBackprop", "GuidedGradCAM", "HiResCAM",
-        "InputGradient", "PredictedClass", "SingleOutput", "list_layers",
+        "METHODS", "RISE", "AblationCAM", "ClassLogit", "ClassMargin", "Component", "ComponentAt", "CosineSimilarity",
+        "Deconvnet", "DeepLIFT", "EigenCAM", "EigenGradCAM", "ExpectedGradients", "FusedCAM", "Given", "GradCAM",
+        "GradCAMPlusPlus", "GradientTimesInput", "GuidedBackprop", "GuidedGradCAM", "HiResCAM", "InputGradient",
+        "IntegratedGradients", "Labels", "LayerCAM", "LinearCAM", "Mask", "Named", "Occlusion", "OneOutput", "Position",
+        "PredictedClass", "Region", "RegionAblation", "RespondCAM", "ScoreCAM", "Segment", "SingleOutput", "SmoothGrad",
+        "SmoothGradSquared", "VarGrad", "Voxel", "Windows", "Within", "XGradCAM",
+        "explain_windows", "list_layers",
     ),
     "volsal.config": ("load_config",),
     "volsal.errors": ("VolsalError",),
-    "volsal.explain": ("Explainer", "Explanation", "Heatmap"),
+    "volsal.explain": ("Explainer",),
+    "volsal.explanation": ("Explanation", "Heatmap"),
     "volsal.grid": ("Grid",),
     "volsal.models": ("load_model",),
     "volsal.resampling": ("resample",),
@@ -51,21 +94,57 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "METHODS",
+    "RISE",
+    "AblationCAM",
     "ClassLogit",
     "ClassMargin",
+    "Component",
+    "ComponentAt",
+    "CosineSimilarity",
+    "Deconvnet",
+    "DeepLIFT",
+    "EigenCAM",
+    "EigenGradCAM",
+    "ExpectedGradients",
     "Explainer",
     "Explanation",
+    "FusedCAM",
+    "Given",
     "GradCAM",
+    "GradCAMPlusPlus",
+    "GradientTimesInput",
     "Grid",
     "GuidedBackprop",
     "GuidedGradCAM",
     "Heatmap",
     "HiResCAM",
     "InputGradient",
+    "IntegratedGradients",
+    "Labels",
+    "LayerCAM",
+    "LinearCAM",
+    "Mask",
+    "Named",
+    "Occlusion",
+    "OneOutput",
+    "Position",
     "PredictedClass",
+    "Region",
+    "RegionAblation",
+    "RespondCAM",
     "Scan",
+    "ScoreCAM",
+    "Segment",
     "SingleOutput",
+    "SmoothGrad",
+    "SmoothGradSquared",
+    "VarGrad",
     "VolsalError",
+    "Voxel",
+    "Windows",
+    "Within",
+    "XGradCAM",
+    "explain_windows",
     "list_layers",
     "load_config",
     "load_model",

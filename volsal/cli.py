@@ -6,26 +6,37 @@ Exit status: 0 all done; 1 some scans failed, each named on stderr; 2 the comman
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import shlex
 import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from volsal.audit.contract import ContractReport
     from volsal.audit.geometry import GeometryReport
     from volsal.batch import Outcome, Run
     from volsal.config import Config
-    from volsal.explain import Explanation
+    from volsal.explanation import Explanation
 
 # A mistake in the config fails every scan alike: it is told this often, and then counted.
 _REPEATS = 3
@@ -64,8 +75,9 @@ TargetOption = Annotated[
     typer.Option(
         "--target",
         "-t",
-        help="What to explain: predicted-class, class-1, margin-1-0, regression, or a class name from the config. "
-        "Repeat for several. Replaces the config's.",
+        help="What to explain: predicted-class, class-1, margin-1-0, regression, output-2, or a class name from the "
+        "config; of a segmentation segment-1, segment-1-largest, segment-1-mm-12,-30,7, segment-1-in:MASK.nii.gz; of a "
+        "part of the output logits/class-1. Repeat for several. Replaces the config's.",
     ),
 ]
 VolumeOption = Annotated[
@@ -98,6 +110,7 @@ AlignmentOption = Annotated[
         "auto is measured, or half-pixel with a note where that fails. Replaces the config's."
     ),
 ]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 FormOption = Annotated[
     Literal["sform", "qform"] | None,
     typer.Option(help="sform or qform: which of a file's two geometries, where they disagree."),
@@ -202,10 +215,14 @@ def explain(
     case: Annotated[
         str | None, typer.Option(help="Name of the result; made from the file's name if not given.")
     ] = None,
+    quiet: QuietOption = False,
 ) -> None:
-    """Explain one scan: overlay volumes on its own voxels, and a JSON record beside them."""
+    """Explain one scan: overlay volumes on its own voxels, and a JSON record beside them.
+
+    Interrupt a long one, and the same command takes it up again.
+    """
     from volsal.config import load_config
-    from volsal.explain import Explainer
+    from volsal.explain import PARTIAL, Explainer
     from volsal.scans import read_case
     from volsal.scans.find import case_id, in_order
     from volsal.scans.write import require_writable
@@ -214,11 +231,16 @@ def explain(
     given = {"volume": _volume(volume), "form": form, "strict": strict or None, "nan": nan, "regrid": regrid or None}
     if len(scan) > 1 and settings.scans and settings.scans.channels:
         scan = in_order(scan, settings.scans.channels)
-    read = read_case(scan, **_reading(settings, **given, series=series, slices=slices))
-    explainer = Explainer.from_config(settings, method, target, alignment)
-    require_writable(output)
-    explanation = explainer(read, case_id(Path(case)) if case else None)
+    reading = _reading(settings, **given, series=series, slices=slices)
+    read = read_case(scan, **reading)
+    with _progress(quiet) as progress, _costs(progress):
+        explainer = Explainer.from_config(
+            settings, method, target, alignment, progress=_steps(progress), keep=output / PARTIAL
+        )
+        require_writable(output)
+        explanation = explainer(read, case_id(Path(case)) if case else None, **reading)
     home = explanation.save(output)
+    explainer.forget(explanation.case)
     _report(explanation, home)
 
 
@@ -254,7 +276,7 @@ def _report(explanation: Explanation, home: Path) -> None:
     for heatmap in explanation.maps:
         peak = heatmap.peak_mm
         table.add_row(
-            heatmap.method,
+            cell(heatmap.method_name),
             cell(heatmap.target),
             cell(heatmap.layer or "input"),
             heatmap.alignment.kind if heatmap.alignment else "-",
@@ -281,6 +303,7 @@ def run(
     method: MethodOption = None,
     target: TargetOption = None,
     alignment: AlignmentOption = None,
+    quiet: QuietOption = False,
 ) -> None:
     """Explain every scan of a folder. Run it again to do what is missing; a bad scan does not stop the others.
 
@@ -293,19 +316,19 @@ def run(
     say(f"{len(work.cases)} scans below {work.config.folder / work.scans.folder}; results go to {work.folder}")
     if work.passed_over:
         say(f"{work.passed_over} scan files passed over: their names end in none of {', '.join(work.scans.channels)}")
-    outcomes = list(_watched(work))
+    outcomes = list(_watched(work, quiet))
     table = work.write_table(outcomes)
     _summary(outcomes, table)
     if any(outcome.status == "failed" for outcome in outcomes):
         raise typer.Exit(SOME_FAILED)
 
 
-def _watched(work: Run) -> Iterator[Outcome]:
+def _watched(work: Run, quiet: bool = False) -> Iterator[Outcome]:
     """The run's outcomes as they come, with a progress bar on a terminal and a line for each scan that failed."""
     reasons: Counter[str] = Counter()
-    with _progress() as progress:
+    with _progress(quiet) as progress:
         bar = progress.add_task("explaining", total=len(work.cases))
-        for outcome in work.execute():
+        for outcome in work.execute(_steps(progress)):
             if outcome.error:
                 reason = outcome.error.replace(str(outcome.scan), "the scan")
                 reasons[reason] += 1
@@ -320,7 +343,41 @@ def _watched(work: Run) -> Iterator[Outcome]:
             say(f"failed: {times - _REPEATS} more for the same reason: {reason}", err)
 
 
-def _progress() -> Progress:
+def _steps(progress: Progress) -> Callable[[str, int, int], None]:
+    """Shows what a long method is doing as a bar of ``progress``, until it is done."""
+    bars: dict[str, TaskID] = {}
+
+    def show(what: str, done: int, of: int) -> None:
+        if what not in bars:  # with what was done before, which says nothing of the speed
+            bars[what] = progress.add_task(what, total=of, completed=done)
+        progress.update(bars[what], completed=done, total=of)
+        if done >= of:
+            progress.remove_task(bars.pop(what))
+
+    return show
+
+
+@contextmanager
+def _costs(progress: Progress) -> Iterator[None]:
+    """On a terminal, what is told on the way, such as how long a method will take, as lines above the bars."""
+
+    class Told(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            say(record.getMessage(), progress.console, style="dim")
+
+    logger = logging.getLogger("volsal")
+    handler, level = Told(), logger.level
+    try:
+        if not progress.disable:
+            logger.addHandler(handler)
+            logger.setLevel(logging.INFO)
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def _progress(quiet: bool = False) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -330,14 +387,15 @@ def _progress() -> Progress:
         TimeRemainingColumn(),
         console=err,
         transient=True,
+        disable=quiet or not err.is_terminal,
     )
 
 
 def _summary(outcomes: list[Outcome], csv: Path) -> None:
     maps = [entry for outcome in outcomes if outcome.record for entry in outcome.record["maps"]]
     table = Table("method", "target", "maps", "with evidence", "empty", "constant", box=None, pad_edge=False)
-    for pair in sorted({(entry["method"], entry["target"]) for entry in maps}):
-        states = [entry["status"] for entry in maps if (entry["method"], entry["target"]) == pair]
+    for pair in sorted({(entry["name"], entry["target"]) for entry in maps}):
+        states = [entry["status"] for entry in maps if (entry["name"], entry["target"]) == pair]
         table.add_row(*map(cell, pair), str(len(states)), *(str(states.count(s)) for s in ("ok", "empty", "constant")))
     if maps:
         out.print(table)
@@ -375,6 +433,7 @@ def layers(
         tensor = explainer.model_input(_a_scan(settings, scan, series, slices))
     else:
         tensor = explainer.blank_input(_shape(shape))
+    tensor = explainer.at_once(tensor)
     try:
         chosen = default_layer(explainer.model, tensor)
     except LayerError as error:
@@ -384,8 +443,9 @@ def layers(
     for column in ("", "layer", "kind", "cells", "channels", "stride", "MiB", ""):
         table.add_column(column, overflow="fold", no_wrap=column != "layer")
     for layer in list_layers(explainer.model, tensor):
-        remark = "" if layer.on_every_path else "beside other paths"
+        remark = "the output itself" if layer.is_output else "" if layer.on_every_path else "beside other paths"
         remark = f"runs {layer.calls} times" if layer.calls > 1 else remark
+        remark = ", ".join(filter(None, [remark, f"read from {layer.layout}" if layer.layout else ""]))
         table.add_row(
             "*" if layer.name == chosen else "",
             cell(layer.name),
@@ -411,9 +471,7 @@ def _a_scan(config: Config, scans: list[Path] | None, series: str | None, slices
         cases, _ = find_cases(config.folder / section.folder, section.pattern, section.channels)
         scans = next((list(case.paths) for case in cases.values() if not case.fault), None)
     if not scans:
-        raise ConfigError(
-            f"{config.path}: name a scan, so that the model can be run once (for `volsal layers`, or --shape)"
-        )
+        raise ConfigError(f"{config.path}: name a scan, so that the model can be run once (or give --shape)")
     return read_case(scans, **_reading(config, series=series, slices=slices))
 
 
@@ -621,6 +679,65 @@ def _placed(report: GeometryReport) -> None:
         "impulses show where a layer answers to anything bright; maps are put where the evidence for their own class "
         "is seen, which trained kernels may place elsewhere"
     )
+
+
+@app.command("check-model")
+@_explained
+def check_model(
+    config: ConfigArgument,
+    scan: Annotated[
+        list[Path] | None,
+        typer.Argument(help="A scan (or its channels' files). Without one, the config's first, or --shape."),
+    ] = None,
+    method: MethodOption = None,
+    target: TargetOption = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(help="Instead of a scan: random numbers of the model input's size, as 1,96,96,96."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--json", help="File for all figures, as JSON.")] = None,
+    series: SeriesOption = None,
+    slices: SlicesOption = None,
+) -> None:
+    """Does what volsal promises hold on your model? Every promise put to the test, in a table. 1 where one fails."""
+    from volsal.audit.contract import check_model as check
+    from volsal.audit.contract import random_volume
+    from volsal.config import load_config
+    from volsal.explain import Explainer
+
+    settings = _load(load_config(config))
+    explainer = Explainer.from_config(settings, method, target)
+    case = random_volume(_shape(shape)) if shape else _a_scan(settings, scan, series, slices)
+    report = check(explainer, case)
+    seen = tuple(report.provenance["model_input"]["shape"])
+    say(cell(f"{type(explainer.model).__name__} on {'random numbers' if shape else case}, input {seen}"))
+    _checks(report)
+    if output:
+        report.write(output)
+        say(f"written to {output}")
+    failed = sum(check.verdict == "fails" for check in report.checks)
+    if failed:
+        say(f"volsal: {failed} of {len(report.checks)} checks fail; see the table", err)
+        raise typer.Exit(SOME_FAILED)
+    kept = sum(check.verdict == "ok" for check in report.checks)
+    say(f"{kept} checks passed, {len(report.checks) - kept} do not apply, none failed")
+
+
+def _checks(report: ContractReport) -> None:
+    table = Table(box=None, pad_edge=False)
+    for column in ("check", "of", "verdict", "figure", "at most", ""):
+        table.add_column(column, overflow="fold")
+    for one in report.checks:
+        table.add_row(
+            cell(one.name),
+            cell(one.of),
+            one.verdict,
+            "-" if one.figure is None else f"{one.figure:.2g}",
+            "-" if one.tolerance is None else f"{one.tolerance:.2g}",
+            cell(one.said),
+            style={"ok": None, "fails": "bold red", "does not apply": "dim"}[one.verdict],
+        )
+    out.print(table)
 
 
 @app.command()

@@ -29,6 +29,12 @@ class ModelSection(_Section):
     weights: str | None = Field(None, description=".safetensors, or a .pt that holds a plain state dict")
     classes: list[str] = Field(default_factory=list, description="names of the model's classes, in output order")
     device: str = Field("cpu", description="cpu, cuda, or cuda:0")
+    fast: bool = Field(
+        False, description="explain a copy with batch norms folded and channels last: the same, in less time and memory"
+    )
+    precision: Literal["bf16"] | None = Field(
+        None, description="bf16: that copy in bfloat16, an approximation for hardware that computes in it"
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelSection:
@@ -41,6 +47,34 @@ class FunctionSection(_Section):
     """Preprocessing by the user's own function."""
 
     function: str = Field(description="package.module:function or path/to/file.py:function; path -> (tensor, affine)")
+
+
+class WindowsSection(_Section):
+    """How the model is applied window by window, as by MONAI's sliding_window_inference; see volsal.Windows."""
+
+    size: list[int] = Field(min_length=1, description="voxels along each axis; 0: as long as the volume's")
+    overlap: float | list[float] = Field(0.25, description="share of a window that the next one covers, in [0, 1)")
+    importance: Literal["gaussian", "constant"] = Field("gaussian", description="how windows are blended")
+    sigma: float = Field(0.125, gt=0, description="of the Gaussian, in window sizes")
+    batch: int = Field(1, ge=1, description="windows that go through the model at once")
+    padding: Literal["constant", "reflect", "replicate", "circular"] = Field(
+        "constant", description="what lies around a volume that is smaller than a window"
+    )
+    fill: float = Field(0.0, allow_inf_nan=False, description="the value of constant padding")
+
+    @field_validator("overlap", mode="plain")
+    @classmethod
+    def _share(cls, value: Any) -> Any:
+        shares = value if isinstance(value, list) else [value]
+        if not all(type(share) in (int, float) and 0 <= share < 1 for share in shares):
+            raise ValueError("expected a share of the window in [0, 1), or one for each axis")
+        return [float(share) for share in shares] if isinstance(value, list) else float(value)
+
+    @model_validator(mode="after")
+    def _one_per_axis(self) -> WindowsSection:
+        if isinstance(self.overlap, list) and len(self.overlap) != len(self.size):
+            raise ValueError(f"overlap is one number, or one for each of the {len(self.size)} axes of size")
+        return self
 
 
 class ScansSection(_Section):
@@ -103,8 +137,13 @@ class Config(_Section):
     alignment: Literal["auto", "half-pixel", "nominal", "measured", "flip-average"] = Field(
         "auto", description="where a layer's cells lie on the model's input; auto: measured, or half-pixel with a note"
     )
+    windows: WindowsSection | None = Field(None, description="apply the model window by window")
     scans: ScansSection | None = None
     output: str | None = Field(None, description="the run folder")
+    per_channel: bool = Field(
+        False,
+        description="keep what each input channel gives to maps made on the model's input, as a 4D file",
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads; part of a result's last bits")
 
     _path: Path = Path("config.yaml")
@@ -226,7 +265,12 @@ def _is_branch(part: str) -> bool:
     return part in ("FunctionSection", "str", "int") or part.startswith(("list[", "dict["))
 
 
-_SECTIONS: dict[str, type[BaseModel]] = {"model": ModelSection, "preprocess": FunctionSection, "scans": ScansSection}
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "model": ModelSection,
+    "preprocess": FunctionSection,
+    "windows": WindowsSection,
+    "scans": ScansSection,
+}
 
 
 def _keys(location: tuple[str, ...]) -> list[str]:

@@ -2,243 +2,69 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
-from functools import cached_property
-from hashlib import sha256
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from volsal.alignments import Alignments, Key, beside
 from volsal.attribution import (
     ALIGNMENTS,
-    METHODS,
     Alignment,
     AlignmentRule,
     Attribution,
     Context,
-    GradCAM,
-    GuidedGradCAM,
     LayerError,
     Method,
     ModelError,
     Target,
+    Windows,
+    Within,
     attribute,
     default_layer,
+    explain_windows,
     parse_target,
     target_id,
 )
 from volsal.attribution.alignment import Collector, LayerMap, Measured
 from volsal.attribution.cam import CAM
-from volsal.attribution.method import scores_of
+from volsal.attribution.inputs import Given
+from volsal.attribution.method import PLAIN, bases, scores_of
+from volsal.attribution.perturbation import forget
 from volsal.attribution.tap import forward, plain, undisturbed
+from volsal.attribution.targets import distinct, facts, placed, told
+from volsal.attribution.windowed import Windowed
+from volsal.attribution.windows import volumes_of
+from volsal.choices import SettingsError, as_method, configured_methods, method_names
 from volsal.config import Config, ConfigError, FunctionSection
 from volsal.errors import VolsalError, nearest
+from volsal.explanation import Explanation, Heatmap, Parts, Prediction, plain_data
 from volsal.grid import Grid
 from volsal.models import load_model, weights_digest
+from volsal.models.fast import FastCopy, fast_copy
+from volsal.models.fast import fast as copy_of
 from volsal.preprocess import ModelInput, MonaiSteps, PathFunction, Preprocess, PreprocessError, as_preprocess
 from volsal.references import resolve
+from volsal.remarks import on_maps, on_output
 from volsal.resampling import resample
 from volsal.scans import Scan, read_case
 from volsal.scans.find import case_id
-from volsal.scans.write import WriteError, map_header, refuse_own_map, replacing, write_map
+from volsal.scans.labels import read_labels
+from volsal.scans.write import refuse_own_map
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-CASE_FILE = "case.json"
-FORMAT = 1
-# Raised by whoever changes what a scan's result holds, so that a run makes anew what an earlier code made.
-RESULT_VERSION = 2
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Heatmap:
-    """One method's answer for one target, on the scan's own voxels.
-
-    Attributes
-    ----------
-    method, target : their ids, as in ``METHODS`` and file names
-    target_text : the target in words
-    layer : where a CAM was taken; None for maps made on the model's input
-    unit : of :attr:`values`
-    signed : whether negative values (evidence against) occur by definition
-    values : (I, J, K) float32 on the scan's grid; raw, never normalised; 0 outside the model's field of view
-    raw : (d, h, w) float32 as the method made it, summed over the input's channels
-    raw_grid : where ``raw`` lies
-    grid : the scan's, where ``values`` lie
-    alignment : where the layer's cells were put on the model's input; None where no layer was asked
-    settings : the method's own
-    coverage : activations that a backward rule was put on
-    """
-
-    method: str
-    target: str
-    target_text: str
-    layer: str | None
-    unit: str
-    signed: bool
-    values: NDArray[np.float32]
-    raw: NDArray[np.float32]
-    raw_grid: Grid
-    grid: Grid
-    alignment: Alignment | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
-    coverage: dict[str, int] = field(default_factory=dict)
-
-    def __repr__(self) -> str:
-        return f"Heatmap({self.name}, {self.status}, layer {self.layer or 'none'}, {self.grid!r})"
-
-    @property
-    def name(self) -> str:
-        """What a viewer's list calls it: ``grad-cam class-1``."""
-        return f"{self.method} {self.target}"
-
-    @cached_property
-    def status(self) -> str:
-        """``ok``; ``empty``: no positive evidence anywhere; ``constant``: one value everywhere, so no place at all."""
-        if float(self.values.max()) <= 0:
-            return "empty"
-        return "constant" if float(np.ptp(self.raw)) == 0 else "ok"
-
-    @cached_property
-    def window(self) -> tuple[float, float]:
-        """The display range, from 0 to the maximum; for maps made on the input's voxels to the 99.9th percentile.
-
-        The percentile, of what is positive, keeps a few outlying voxels of a gradient from dimming all others; a
-        layer's map is smooth and has none.  An empty map gets the range of its magnitude (or 1), so that everything in
-        it lies at the invisible end.
-        """
-        positive = self.values[self.values > 0]
-        if not positive.size:
-            top = float(np.abs(self.values).max())
-        else:
-            top = float(positive.max() if self.layer else np.percentile(positive, 99.9))
-        return 0.0, float(np.float32(top)) or 1.0
-
-    @cached_property
-    def peak_mm(self) -> tuple[float, float, float] | None:
-        """World position, RAS+ mm, of the largest value; None unless :attr:`status` is ``ok``.
-
-        A map may have a plateau on top (clamped at the rim of a coarse layer, or truly flat).  Its first voxel would
-        depend on the file's storage order, so the middle of the plateau, within 0.1 % of the maximum, is taken; where
-        several plateaus reach the maximum itself, that of the widest.
-        """
-        if self.status != "ok":
-            return None
-        x, y, z = (float(mm) for mm in self.grid.world(_summit(self.values)))
-        return x, y, z
-
-    def file_name(self, case: str) -> str:
-        """``<case>_<method>_<target>.nii.gz``."""
-        return f"{case}_{self.method}_{self.target}.nii.gz"
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What the model said.  ``index`` and ``name`` are None for a model with a single output or no class names."""
-
-    logits: tuple[float, ...]
-    index: int | None
-    name: str | None
-
-    def __str__(self) -> str:
-        numbers = ", ".join(f"{logit:.3g}" for logit in self.logits[:8]) + (", ..." if len(self.logits) > 8 else "")
-        if self.index is None:
-            return f"output {numbers}" if self.logits else "no plain output"
-        return f"class {self.index}{f' ({self.name})' if self.name else ''}, logits {numbers}"
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Explanation:
-    """What one scan gave: the prediction, the maps on the scan's grid, and what made them."""
-
-    case: str
-    scan: Scan
-    prediction: Prediction
-    maps: tuple[Heatmap, ...]
-    notes: tuple[str, ...]
-    provenance: dict[str, Any]
-
-    def __repr__(self) -> str:
-        return f"Explanation({self.case}: {self.prediction}; {', '.join(heatmap.name for heatmap in self.maps)})"
-
-    def map(self, method: str, target: str | None = None) -> Heatmap:
-        """The map of that method (and target, where there are several)."""
-        found = [m for m in self.maps if m.method == method and target in (None, m.target)]
-        if len(found) != 1:
-            have = ", ".join(f"{m.method}/{m.target}" for m in self.maps)
-            raise KeyError(f"{len(found)} maps are {method}/{target or '*'}; there are {have}")
-        return found[0]
-
-    def save(self, folder: str | Path) -> Path:
-        """Write the maps and ``case.json`` into ``folder/<case>``; return that folder.
-
-        ``case.json`` is written last: where it is, the case is whole.
-
-        Raises
-        ------
-        WriteError
-            Where the disk refuses or does not keep what it was given.
-        """
-        home = Path(folder) / self.case
-        record = home / CASE_FILE
-        _forget(home, self.scan)
-        files = []
-        for heatmap in self.maps:
-            name = heatmap.file_name(self.case)
-            text = f"volsal {heatmap.method} {heatmap.layer or 'input'}: {heatmap.unit}"
-            write_map(home / name, heatmap.values, map_header(self.scan, heatmap.method, text, heatmap.window))
-            files.append({"file": name, "sha256": _file_digest(home / name), **_describe_map(heatmap)})
-        content = {
-            "format": FORMAT,
-            "case": self.case,
-            "scan": _describe_scan(self.scan),
-            "prediction": {
-                "logits": list(self.prediction.logits),
-                "class": self.prediction.index,
-                "class_name": self.prediction.name,
-            },
-            "maps": files,
-            "notes": list(self.notes),
-            "provenance": self.provenance,
-        }
-        with replacing(record) as temporary:
-            temporary.write_text(json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n")
-        return home
-
-    def show(self, **options: Any) -> None:
-        """Open the scan and its maps in napari (see :func:`volsal.viewer.show.show`)."""
-        from volsal.viewer.show import show
-
-        show(self.scan, self.maps, **options)
-
-    def figure(self, method: str | None = None, target: str | None = None) -> Figure:
-        """Three planes through the peak of a map (the first one unless named) as a matplotlib figure."""
-        from volsal.report.figures import three_planes
-
-        chosen = self.map(method, target) if method else self.maps[0]
-        return three_planes(
-            self.scan,
-            chosen.values,
-            window=chosen.window,
-            unit=chosen.unit,
-            at_mm=chosen.peak_mm,
-            signed=chosen.signed,
-            title=f"{self.case}: {chosen.method}, {chosen.target_text}",
-        )
+Progress = Callable[[str, int, int], None]
+# Below the folder of results: what long methods keep until a case's result is saved.
+PARTIAL = ".partial"
 
 
 class Explainer:
@@ -256,6 +82,19 @@ class Explainer:
         an object.  ``auto`` is ``measured``, but for maps whose evidence cannot be followed back to the input: those
         are placed by the half-pixel rule, and the result says so
     alignments : what was measured before, by :meth:`measure`
+    per_channel : whether maps made on the model's input keep what each of its channels gives, as the map's parts
+    channels : names of the input's channels; else made from a case's file names, or numbered
+    folder : what relative paths in targets and settings start from; the working directory where None
+    progress : told what long methods are doing, how many steps of it are done, and of how many
+    keep : folder in which long methods keep what they have, a folder for each case, to take it up again after a fault;
+        :meth:`forget` empties it
+    fast : explain a private copy of the model that says the same for less (see :func:`volsal.models.fast.fast`); a
+        type, such as ``torch.bfloat16``: a copy in that, which is an approximation and is noted as such
+    windows : apply the model window by window, as inference on large scans does, and explain it as one function of the
+        whole (see :func:`volsal.explain_windows`)
+
+    ``methods`` may also be a dict of them by names of one's own.  Otherwise a method's name, in files and records, is
+    its id, followed, where several have that id, by the settings in which they differ: ``grad-cam-layer3``.
 
     >>> explainer = Explainer(model, preprocess, "grad-cam", targets="class-1")    # doctest: +SKIP
     >>> explainer("scan.nii.gz").save("out")                                      # doctest: +SKIP
@@ -265,26 +104,43 @@ class Explainer:
         self,
         model: nn.Module,
         preprocess: Any = None,
-        methods: str | Method | Sequence[str | Method] = "grad-cam",
+        methods: str | Method | Sequence[str | Method] | Mapping[str, str | Method] = "grad-cam",
         targets: str | int | Target | Sequence[str | int | Target] = "predicted-class",
         classes: Sequence[str] = (),
         alignment: str | AlignmentRule = "auto",
         alignments: Alignments | None = None,
+        *,
+        per_channel: bool = False,
+        channels: Sequence[str] = (),
+        folder: Path | None = None,
+        progress: Progress | None = None,
+        keep: Path | None = None,
+        fast: bool | torch.dtype = False,
+        windows: Windows | None = None,
     ) -> None:
         self.model = model
         self.preprocess: Preprocess = as_preprocess(preprocess)
         self.classes = tuple(classes)
-        self.methods = [_as_method(method) for method in _listed(methods)]
-        self.targets = [t if callable(t) else parse_target(t, self.classes) for t in _listed(targets)]
-        for what, ids in (("methods", [m.id for m in self.methods]), ("targets", [target_id(t) for t in self.targets])):
-            if not ids or len(set(ids)) < len(ids):
-                raise SettingsError(f"{what} must be given, each once; got {', '.join(ids) or 'none'}")
-
+        named = methods if isinstance(methods, Mapping) else {}
+        self.methods = [as_method(method) for method in (named.values() or _listed(methods))]
+        self.names = method_names(self.methods, list(named))
+        self.targets = distinct([t if callable(t) else parse_target(t, self.classes) for t in _listed(targets)])
+        if not self.targets:
+            raise SettingsError("targets must be given, each once; got none")
+        self.per_channel = per_channel
+        self.channels = tuple(channels)
+        self.folder = folder or Path()
+        self.progress = progress or PLAIN.progress
+        self.keep = keep
+        self.fast = fast
+        self.windows = windows
         if len(set(self.classes)) < len(self.classes):
             raise SettingsError(f"class names must differ; got {', '.join(self.classes)}")
         self.alignments = Alignments() if alignments is None else alignments
         self.align = self._rule(alignment)
         self._known_to_repeat = False
+        self._given: Given | None = None
+        self._fast: tuple[str, nn.Module] | None = None
         self._digested: tuple[tuple, str] = ((), "")
 
     def _rule(self, alignment: str | AlignmentRule) -> AlignmentRule:
@@ -308,11 +164,13 @@ class Explainer:
         methods: Sequence[str] | None = None,
         targets: Sequence[str | int] | None = None,
         alignment: str | None = None,
+        progress: Progress | None = None,
+        keep: Path | None = None,
     ) -> Explainer:
         """The explainer that a config describes.
 
-        ``methods``, ``targets`` and ``alignment`` replace the config's own.  What `volsal align` measured for the
-        config is used.
+        ``methods``, ``targets`` and ``alignment`` replace the config's own; relative paths in them start from the
+        working directory, those in the config from its folder.  What `volsal align` measured for the config is used.
         """
         section = config.model
         model = load_model(
@@ -327,15 +185,22 @@ class Explainer:
             preprocess = _configured_preprocess(config)
         except PreprocessError as error:
             raise ConfigError(f"{config.path}: preprocess: {error}") from error
-        chosen = [_configured_method(entry) for entry in (methods or config.methods)]
+        here = Path.cwd() if targets else None
         return cls(
             model,
             preprocess,
-            chosen,
-            list(targets or config.targets),
+            configured_methods(methods or config.methods),
+            [parse_target(target, section.classes, here) for target in (targets or config.targets)],
             section.classes,
             alignment or config.alignment,
             Alignments.read(beside(config.path)) if (alignment or config.alignment) in ("auto", Measured.id) else None,
+            per_channel=config.per_channel,
+            channels=[name.strip("_-. ") for name in config.scans.channels] if config.scans else (),
+            folder=config.folder,
+            progress=progress,
+            keep=keep,
+            fast=torch.bfloat16 if section.precision == "bf16" else section.fast,
+            windows=Windows(**config.windows.model_dump()) if config.windows else None,
         )
 
     @property
@@ -347,7 +212,13 @@ class Explainer:
         return self._digested[1]
 
     def __call__(
-        self, scan: str | Path | Scan | Sequence[str | Path], case: str | None = None, **reading: Any
+        self,
+        scan: str | Path | Scan | Sequence[str | Path],
+        case: str | None = None,
+        *,
+        given: Mapping[str, Any] | None = None,
+        explained: int | str = 0,
+        **reading: Any,
     ) -> Explanation:
         """Explain one scan.
 
@@ -355,6 +226,9 @@ class Explainer:
         ----------
         scan : a file, a case's files (its channels, in the model's order), or a scan in memory
         case : id for file names; made from the file's name where None
+        given : the model's other inputs, by the names of its arguments: tensors with a batch of 1, lists of numbers, or
+            scans' files, which are read and preprocessed as ``scan`` is
+        explained : the model's argument that ``scan`` goes to, by position or name
         reading : ``volume``, ``form``, ... as in :func:`volsal.scans.read_case`
 
         Raises
@@ -369,33 +243,50 @@ class Explainer:
         if not isinstance(scan, Scan):
             scan = read_case(scan, **reading)
         refuse_own_map(scan)
+        case = case or case_of(scan)
         model_input = self.preprocess(scan)
         tensor = self.to_model(model_input.tensor)
-        context = Context(self.align, model_input.grid, case or "")
-        found = attribute(self.model, tensor, self.methods, self.targets, context)
-        answers = list(zip(self.methods, found, strict=True))
-        _require_repeatable(answers)
+        context = self.context(model_input.grid, case, scan, **reading)
+        model = self._model_with(given, explained, context)
+        if isinstance(model, Given) and self.align.mirrors:
+            raise SettingsError(f"{self.align.id} alignment mirrors the scan and not the other inputs; use another one")
+        model, copied = self._fast_of(model, self.at_once(tensor))
+        targets = self.targets_for(context, model)
+        found = self._attribute(model, tensor, self.methods, targets, context)
+        _require_repeatable(self.names, found)
         if not self._known_to_repeat:
-            self._require_deterministic(tensor, answers[0][1])
+            self._require_deterministic(self._whole(model), tensor, targets, found[0])
+        output = found[0].output
+        facts = [_facts(target, output) for target in targets]
+        if isinstance(model, Given):
+            for own, tables in zip(facts, model.tables(tensor, targets), strict=True):
+                own |= {"given": {name: table[0].tolist() for name, table in tables.items()}} if tables else {}
         maps = tuple(
-            self._carry(method, answer, number, model_input, scan)
-            for method, answer in answers
-            for number in range(len(self.targets))
+            self._carry(place, answer, number, model_input, scan, facts[number])
+            for place, answer in enumerate(found)
+            for number in range(len(targets))
         )
-        output = answers[0][1].output
+        said = [f"{name}: {note}" for name, answer in zip(self.names, found, strict=True) for note in answer.notes]
+        seen = self._judged(output)
         return Explanation(
-            case or (case_id(Path(scan.path.name)) if scan.path else "scan"),
+            case,
             scan,
-            self._prediction(output),
+            self._prediction(seen),
             maps,
-            (*scan.notes, *_remarks(output), *_beyond(maps), *_misplaced(maps, self.align)),
+            (*scan.notes, *on_output(seen), *_on_copy(copied), *dict.fromkeys(said), *on_maps(maps, self.align)),
             {
                 **environment(),
-                "model": {"class": type(self.model).__name__, "weights_sha256": self.weights_sha256},
+                "model": {
+                    "class": type(self.model).__name__,
+                    "weights_sha256": self.weights_sha256,
+                    "fast": copied.describe() if copied else None,
+                    "windows": plain_data(self.windows),
+                },
                 "model_input": {
                     "shape": list(tensor.shape),
                     "affine": model_input.grid.affine.tolist(),
                     "preprocess": repr(self.preprocess),
+                    "given": plain_data(model.held) if isinstance(model, Given) else {},
                 },
                 "alignment": self.align.id,
                 "device": str(tensor.device),
@@ -404,6 +295,116 @@ class Explainer:
                 "seconds": round(time.monotonic() - clock, 3),
             },
         )
+
+    def context(self, grid: Grid, case: str, scan: Scan, align: AlignmentRule | None = None, **reading: Any) -> Context:
+        """What methods and targets may know of a scan whose model input lies on ``grid``.
+
+        ``reading`` is how other scans' files are read, as in :func:`volsal.scans.read_case`.
+        """
+
+        def input_of(path: str | Path) -> Tensor:
+            return self.model_input(read_case(self.folder / Path(path).expanduser(), **reading))
+
+        def labels_of(path: str | Path) -> Tensor:
+            return torch.from_numpy(read_labels(self.folder / Path(path).expanduser(), grid, scan))
+
+        keep = self.keep / case if self.keep else None
+        return Context(align or self.align, grid, case, input_of, labels_of, self.progress, keep)
+
+    def forget(self, case: str) -> None:
+        """Remove what long methods kept of a case.  For when its result is safe on the disk."""
+        if self.keep:
+            forget(self.keep / case)
+            if self.keep.is_dir() and not any(self.keep.iterdir()):
+                self.keep.rmdir()
+
+    def targets_for(self, context: Context, model: nn.Module | None = None) -> list[Target]:
+        """The targets for one scan: what they say in millimetres, or by files, found there.
+
+        Raises
+        ------
+        VolsalError
+            Where a file cannot be read.
+        """
+        asked = self._whole(model or self.model)
+
+        def output_of(path: str | Path) -> Any:
+            assert context.input_of is not None
+            volume = context.input_of(path)
+            with undisturbed(asked), torch.no_grad():
+                return forward(asked, plain(volume))
+
+        return [placed(target, context, output_of) for target in self.targets]
+
+    def files_for(self, case: str) -> list[Path]:
+        """The files, besides the scan's own, that targets and methods name; ``{case}`` stands for the case's id."""
+        named = [name for target in self.targets for name in getattr(target, "files", ())]
+        for method in self.methods:
+            for base in bases(method):
+                for value in vars(base).values():
+                    named += [word for word in _listed(value) if isinstance(word, (str, Path))]
+        paths = [self.folder / Path(str(name).replace("{case}", case)).expanduser() for name in dict.fromkeys(named)]
+        return [path for path in paths if path.is_file()]
+
+    def _model_with(self, given: Mapping[str, Any] | None, explained: int | str, context: Context) -> nn.Module:
+        """The model with its other inputs held; one and the same module, so that what is known of it is kept."""
+        if not given:
+            return self.model
+        held = {name: self._other_input(value, context) for name, value in given.items()}
+        if self.windows and any(isinstance(value, Tensor) and value.ndim > 2 for value in held.values()):
+            raise SettingsError("windows cut the scan, and not the other images that are given; leave windows out")
+        if self._given is None or self._given.explained != explained:
+            self._given = Given(self.model, explained=explained, **held)
+        self._given.hold(**held)
+        return self._given
+
+    def _fast_of(self, model: nn.Module, tensor: Tensor) -> tuple[nn.Module, FastCopy | None]:
+        """The copy that is explained in the model's place, of the weights as they are now, and what it is."""
+        if not self.fast:
+            return model, None
+        if isinstance(model, Given):
+            raise SettingsError("a fast copy is for models of one input; leave model.fast and model.precision out")
+        weights = self.weights_sha256
+        if self._fast is None or self._fast[0] != weights:
+            made_of = [base for method in self.methods for base in bases(method)]
+            named = [layer for base in made_of if (layer := getattr(base, "layer", None))]
+            self._fast = weights, copy_of(model, tensor, None if self.fast is True else self.fast, named)
+        return self._fast[1], fast_copy(self._fast[1])
+
+    def _other_input(self, value: Any, context: Context) -> Any:
+        if isinstance(value, (str, Path)):
+            assert context.input_of is not None
+            return context.input_of(value)
+        if isinstance(value, (Sequence, np.ndarray)):
+            value = torch.as_tensor(np.asarray(value))
+            value = value[None] if value.ndim == 1 else value
+        if not isinstance(value, Tensor):
+            return value
+        example = next(self.model.parameters(), value)
+        return value.to(example.device, example.dtype if value.is_floating_point() else None)
+
+    def _judged(self, output: Any) -> Any:
+        """The part of the output that the targets look at, where they agree; the output otherwise."""
+        parts = {target.path: target for target in self.targets if isinstance(target, Within)}
+        if len(parts) != 1 or isinstance(output, Tensor):
+            return output
+        return next(iter(parts.values())).part(output)
+
+    def _attribute(
+        self,
+        model: nn.Module,
+        tensor: Tensor,
+        methods: Sequence[Method],
+        targets: Sequence[Target],
+        context: Context,
+    ) -> list[Attribution]:
+        if self.windows is None:
+            return attribute(model, tensor, methods, targets, context)
+        return explain_windows(model, tensor, methods, targets, self.windows, context)
+
+    def _whole(self, model: nn.Module) -> nn.Module:
+        """The model as it is applied to a whole input."""
+        return model if self.windows is None else Windowed(model, self.windows)
 
     def measure(
         self,
@@ -432,16 +433,21 @@ class Explainer:
         SettingsError
             Where none of the methods takes its map at a layer.
         """
-        cams = [cam for method in self.methods if (cam := cam_of(method))]
+        cams = cams_of(self.methods)
         if not cams:
             raise SettingsError("none of the methods takes its map at a layer, so there is nothing to align")
         collector = Collector()
         for scan in scans:
             try:
-                tensor = self.model_input(scan if isinstance(scan, Scan) else read_case(scan, **reading))
+                scan = scan if isinstance(scan, Scan) else read_case(scan, **reading)
+                model_input = self.preprocess(scan)
+                tensor = self.to_model(model_input.tensor)
+                context = self.context(model_input.grid, case_of(scan), scan, collector, **reading)
+                targets = self.targets_for(context)
                 # Two methods may share a map: it counts once.
-                for cam in {replace(cam, layer=cam.layer or default_layer(self.model, tensor)) for cam in cams}:
-                    cam.attribute(self.model, tensor, self.targets, Context(collector))
+                once = self.at_once(tensor)
+                for cam in {replace(cam, layer=cam.layer or default_layer(self.model, once)) for cam in cams}:
+                    self._attribute(self.model, tensor, [cam], targets, context)
             except VolsalError as error:
                 if skip is None:
                     raise
@@ -458,27 +464,49 @@ class Explainer:
         """An input (1, *shape) of zeros, for asking about shapes alone."""
         return self.to_model(torch.zeros(1, *shape))
 
+    def at_once(self, tensor: Tensor) -> Tensor:
+        """What of an input goes through the model at once: all of it, or a window from its middle."""
+        if self.windows is None:
+            return tensor
+        (volume,) = volumes_of(tensor, self.windows, self.model)
+        return volume.window(volume.layout.starts[len(volume.layout.starts) // 2])[None]
+
     def to_model(self, tensor: Tensor) -> Tensor:
         """``tensor`` in the model's dtype, on its device."""
         for parameter in self.model.parameters():
             return tensor.to(parameter.device, parameter.dtype)
         return tensor
 
-    def _carry(self, method: Method, answer: Attribution, number: int, model_input: ModelInput, scan: Scan) -> Heatmap:
-        """The raw map of one target, carried onto the scan's voxels in one step."""
-        raw = answer.maps[number][0].sum(0).float().cpu()
-        where = f"{method.id} at {f'layer {answer.layer!r}' if answer.layer else 'the input'}"
+    def _carry(
+        self,
+        place: int,
+        answer: Attribution,
+        number: int,
+        model_input: ModelInput,
+        scan: Scan,
+        facts: Mapping[str, Any],
+    ) -> Heatmap:
+        """The raw map of one method and target, carried onto the scan's voxels in one step."""
+        method, name, target = self.methods[place], self.names[place], self.targets[number]
+        made = answer.maps[number][0].float().cpu()
+        raw = made.sum(0)
+        where = f"{name} at {f'layer {answer.layer!r}' if answer.layer else 'the input'}"
         if not torch.isfinite(raw).all():
             raise LayerError(f"{scan}: the map of {where} holds NaN or infinity")
         if raw.ndim != 3:
             raise LayerError(f"{scan}: the map of {where} has shape {tuple(raw.shape)}, not one value per 3D cell")
         alignment = answer.alignments[number] if answer.alignments else None
         grid = alignment.grid(model_input.grid, raw.shape) if alignment and answer.layer else model_input.grid
-        target = self.targets[number]
+        parts = None
+        if answer.parts:
+            pieces = answer.parts[number][0].float().cpu().numpy()
+            parts = Parts(tuple(answer.part_names), pieces, grid, scan.grid, model_input.grid)
+        elif self.per_channel and answer.layer is None and len(made) > 1:
+            parts = Parts(self._channel_names(len(made), scan), made.numpy(), grid, scan.grid, model_input.grid)
         return Heatmap(
             method.id,
             target_id(target),
-            str(target) if hasattr(target, "id") else target_id(target),
+            told(target),
             answer.layer,
             method.unit,
             method.signed,
@@ -489,13 +517,32 @@ class Explainer:
             alignment,
             {key: value for key, value in vars(method).items() if value is not None},
             dict(answer.coverage),
+            name,
+            float(answer.scores[number][0]),
+            parts,
+            {**facts, **(answer.facts[number] if answer.facts else {})},
         )
 
-    def _require_deterministic(self, tensor: Tensor, answer: Attribution) -> None:
+    def _channel_names(self, count: int, scan: Scan) -> tuple[str, ...]:
+        """What the channels of the model's input are called; numbers where nothing tells."""
+        if len(self.channels) == count:
+            return self.channels
+        stems = [path.name.split(".")[0] for path in scan.paths if path]
+        if len(stems) == count and len(set(stems)) == count:
+            alike = next(n for n in range(min(map(len, stems)) + 1) if len({stem[: n + 1] for stem in stems}) > 1)
+            start = max(stems[0].rfind(separator, 0, alike) for separator in "_- ") + 1
+            own = [stem[start:] for stem in stems]
+            if all(own):
+                return tuple(own)
+        return tuple(f"channel {number}" for number in range(count))
+
+    def _require_deterministic(
+        self, model: nn.Module, tensor: Tensor, targets: Sequence[Target], answer: Attribution
+    ) -> None:
         """Run the model once more, with other random numbers: dropout left on would make each map one of many."""
-        with undisturbed(self.model), torch.no_grad():
+        with undisturbed(model), torch.no_grad():
             torch.manual_seed(1 + torch.initial_seed() % 2**31)
-            again = scores_of(self.targets, forward(self.model, plain(tensor)), len(tensor))
+            again = scores_of(targets, forward(model, plain(tensor)), len(tensor))
         _require_equal(answer.scores, again, "run again")
         self._known_to_repeat = True
 
@@ -514,54 +561,14 @@ class Explainer:
         return Prediction(logits, index, self.classes[index] if self.classes else None)
 
 
-def cam_of(method: Method) -> CAM | None:
-    """The class activation map whose cells a method must place."""
-    if isinstance(method, GuidedGradCAM):
-        return GradCAM(method.layer)
-    return method if isinstance(method, CAM) else None
-
-
-def _summit(values: NDArray[np.float32]) -> NDArray[np.float64]:
-    """The centre, in voxels, of the connected group of near-maximal voxels that reaches the maximum."""
-    top = values.max()
-    voxels = np.argwhere(values >= 0.999 * top)
-    if len(voxels) == 1:
-        return voxels[0].astype(float)
-    import SimpleITK as sitk
-
-    corner = voxels.min(axis=0)
-    box = values[tuple(slice(low, high + 1) for low, high in zip(corner, voxels.max(axis=0), strict=True))]
-    near = sitk.GetImageFromArray((box >= 0.999 * top).astype(np.uint8))
-    groups = sitk.GetArrayFromImage(sitk.RelabelComponent(sitk.ConnectedComponent(near, True)))
-    widest = groups[box == top].min()  # relabelled by size, the largest is 1
-    return np.argwhere(groups == widest).mean(axis=0) + corner
+def cams_of(methods: Iterable[Method]) -> list[CAM]:
+    """The class activation maps that ``methods`` are, or are made of, each once: those whose cells must be placed."""
+    found = (base for method in methods for base in bases(method))
+    return list(dict.fromkeys(base for base in found if isinstance(base, CAM)))
 
 
 def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-
-
-def _as_method(method: str | Method) -> Method:
-    if isinstance(method, Method):
-        return method
-    if method not in METHODS:
-        raise UnknownMethodError(f"unknown method {method!r}{nearest(str(method), METHODS)}")
-    return METHODS[method]()
-
-
-def _configured_method(entry: str | Mapping[str, Mapping[str, Any] | None]) -> Method:
-    """``grad-cam``, or ``grad-cam: {layer: layer3}``."""
-    if isinstance(entry, str):
-        return _as_method(entry)
-    if len(entry) != 1:
-        raise UnknownMethodError(f"a method is one id with its settings, not {dict(entry)}")
-    ((name, settings),) = entry.items()
-    kind = type(_as_method(name))
-    known: list[str] = [f.name for f in fields(kind)] if is_dataclass(kind) else []
-    for setting in settings or {}:
-        if setting not in known:
-            raise UnknownMethodError(f"method {name} has no setting {setting!r}{nearest(setting, known)}")
-    return kind(**dict(settings or {}))
 
 
 def _configured_preprocess(config: Config) -> Preprocess:
@@ -570,18 +577,24 @@ def _configured_preprocess(config: Config) -> Preprocess:
     return MonaiSteps.from_config(config.preprocess)
 
 
-class SettingsError(VolsalError, ValueError):
-    """Settings that do not fit each other or the model."""
+def case_of(scan: Scan) -> str:
+    """The id of a scan's case where none was given: after its file's name."""
+    return case_id(Path(scan.path.name)) if scan.path else "scan"
 
 
-class UnknownMethodError(VolsalError, LookupError):
-    """No attribution method has that id."""
+def _facts(target: Target, output: Any) -> dict[str, Any]:
+    told_of = facts(target, output)
+    return dict(told_of[0]) if told_of else {}
 
 
-def _require_repeatable(answers: list[tuple[Method, Attribution]]) -> None:
+def _on_copy(copied: FastCopy | None) -> list[str]:
+    return [f"computed by a copy of the model: {copied}"] if copied and copied.dtype else []
+
+
+def _require_repeatable(names: Sequence[str], answers: Sequence[Attribution]) -> None:
     """Each method ran the model once; the same scan must have got the same scores."""
-    for method, answer in answers[1:]:
-        _require_equal(answers[0][1].scores, answer.scores, f"for {method.id}")
+    for name, answer in zip(names[1:], answers[1:], strict=True):
+        _require_equal(answers[0].scores, answer.scores, f"for {name}")
 
 
 def _require_equal(first: list[Tensor], again: list[Tensor], when: str) -> None:
@@ -593,46 +606,6 @@ def _require_equal(first: list[Tensor], again: list[Tensor], when: str) -> None:
             )
 
 
-def _remarks(output: Any) -> list[str]:
-    if not isinstance(output, Tensor) or output.ndim != 2 or output.shape[1] < 2 or float(output.min()) < 0:
-        return []
-    if not torch.allclose(output.sum(1), torch.ones_like(output[:, 0]), atol=1e-4):
-        return []
-    return [
-        "the outputs sum to 1: probabilities, it seems; their gradients fade where the model is sure, so explain the "
-        "logits if you can"
-    ]
-
-
-def _beyond(maps: Sequence[Heatmap]) -> list[str]:
-    return [
-        f"{heatmap.name}: positive evidence only outside the scan, in what preprocessing added around it"
-        for heatmap in maps
-        if heatmap.status == "empty" and float(heatmap.raw.max()) > 0
-    ]
-
-
-def _misplaced(maps: Sequence[Heatmap], rule: AlignmentRule) -> list[str]:
-    notes = []
-    for heatmap in maps:
-        used = heatmap.alignment
-        if used is None or heatmap.status == "empty":
-            continue
-        if used.kind != rule.id:
-            notes.append(
-                f"{heatmap.name}: where the layer's cells look could not be measured, so they were placed by the "
-                f"{used.kind} rule, which may be half a cell off"
-            )
-        elif used.held or (used.uncertainty and (np.array(used.uncertainty) > np.abs(used.stride) / 2).any()):
-            # Without figures, so that a run can count the scans it is true of; they stand in the map's record.
-            notes.append(
-                f"{heatmap.name}: its place is uncertain by more than half a cell"
-                + (", or further from where cells look than is believed" if used.held else "")
-                + ": what made the map is spread out, or lies in several places"
-            )
-    return notes
-
-
 def environment() -> dict[str, Any]:
     """Versions and machine, for provenance."""
     packages = {name: metadata.version(name) for name in ("torch", "numpy", "nibabel", "SimpleITK", "monai")}
@@ -642,79 +615,4 @@ def environment() -> dict[str, Any]:
         "volsal": __version__,
         "versions": {"python": platform.python_version(), **packages},
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
-    }
-
-
-def _forget(home: Path, scan: Scan) -> None:
-    """Remove an earlier result of this scan, its record first, so that no record ever stands over other maps."""
-    record = home / CASE_FILE
-    try:
-        content = json.loads(record.read_text(encoding="utf-8"))
-        before, names = content["scan"], [entry["file"] for entry in content["maps"]]
-    except FileNotFoundError:
-        return
-    except (ValueError, KeyError, TypeError):  # damaged: nothing in it can be relied on
-        before, names = _describe_scan(scan), []
-    now = _describe_scan(scan)
-    other_file = before["path"] != now["path"] or before.get("series") != now.get("series")
-    if before["sha256"] != now["sha256"] and other_file:
-        raise WriteError(
-            f"{home}: already holds the result of another scan, {before['path']}; give this one another case id "
-            "(--case) or another output folder"
-        )
-    record.unlink()
-    for name in names:
-        (home / Path(name).name).unlink(missing_ok=True)
-
-
-def _file_digest(path: Path) -> str:
-    return sha256(path.read_bytes()).hexdigest()
-
-
-def _describe_map(heatmap: Heatmap) -> dict[str, Any]:
-    step = heatmap.raw_grid.spacing
-    return {
-        "method": heatmap.method,
-        "settings": heatmap.settings,
-        "target": heatmap.target,
-        "target_text": heatmap.target_text,
-        "layer": heatmap.layer,
-        "unit": heatmap.unit,
-        "signed": heatmap.signed,
-        "status": heatmap.status,
-        "window": list(heatmap.window),
-        "minimum": float(heatmap.values.min()),
-        "maximum": float(heatmap.values.max()),
-        "peak_mm": heatmap.peak_mm,
-        "cells": list(heatmap.raw.shape),
-        "cell_mm": [round(float(mm), 4) for mm in step],
-        "cell_affine": heatmap.raw_grid.affine.tolist(),
-        "alignment": heatmap.alignment.describe() if heatmap.alignment else None,
-        "coverage": heatmap.coverage,
-    }
-
-
-def _describe_scan(scan: Scan) -> dict[str, Any]:
-    content = {
-        **_describe_file(scan),
-        "shape": list(scan.grid.shape),
-        "affine": scan.grid.affine.tolist(),
-        "spacing_mm": [round(float(mm), 6) for mm in scan.grid.spacing],
-        "orientation": scan.grid.orientation,
-        "oblique_degrees": round(scan.grid.obliquity, 3),
-        "form": scan.form if scan.header is not None else "header",
-    }
-    if scan.filled is not None:
-        content["nan"] = scan.filled
-    content |= {name: getattr(scan, name) for name in ("series", "slices") if getattr(scan, name) is not None}
-    if scan.further:
-        content["channels"] = [_describe_file(channel) for channel in (scan, *scan.further)]
-    return content
-
-
-def _describe_file(scan: Scan) -> dict[str, Any]:
-    return {
-        "path": os.fsencode(scan.path.resolve()).decode("utf-8", "backslashreplace") if scan.path else None,
-        "sha256": scan.sha256,
-        "volume": scan.volume,
     }

@@ -1,7 +1,8 @@
-"""Carry values from one voxel grid to another, in one trilinear step."""
+"""Carry values from one voxel grid to another in one step, trilinear, or by the nearest value for labels."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import overload
 
@@ -66,6 +67,39 @@ def resample(values: Tensor | NDArray, source: Grid, target: Grid, field: Grid |
             carry(volume, composed, box, place)
     carried = out.reshape(*tensor.shape[:-3], *target.shape).to(tensor.dtype)
     return carried if isinstance(values, Tensor) else carried.numpy()
+
+
+def nearest(values: NDArray, source: Grid, target: Grid) -> NDArray:
+    """The value of the voxel of ``source`` in which each voxel centre of ``target`` lies; 0 outside of all.
+
+    ``values`` (*source.shape) -> (*target.shape) of the same dtype, which may be any: labels stay what they are.  A
+    centre on the face between two voxels takes the one with the higher index.  Computed slab by slab; no coordinate
+    array of the target's size is made.
+
+    Raises
+    ------
+    GridError
+        Where ``values`` do not have the shape of ``source``.
+    """
+    if values.shape != source.shape:
+        raise GridError(f"the values are {values.shape}, but their grid has shape {source.shape}")
+    composed = target.to(source)
+    steps = composed[:3, :3]
+    if _aligned(composed, target.shape):  # what does not matter over the volume, rounding above all, costs nothing
+        steps = np.where(np.abs(steps) == np.abs(steps).max(axis=0), steps, 0)
+    out = np.zeros(target.shape, values.dtype)
+    rows = max(1, _SLAB_BYTES // (8 * math.prod(target.shape[1:])))
+    for start in range(0, target.shape[0], rows):
+        slab = out[start : start + rows]
+        lines = np.ogrid[start : start + len(slab), : slab.shape[1], : slab.shape[2]]
+        at, inside = [], np.ones((1, 1, 1), dtype=bool)
+        for step, first, size in zip(steps, composed[:3, 3], source.shape, strict=True):
+            along = sum(by * line for by, line in zip(step, lines, strict=True) if by) + (first + 0.5 + _FACE)
+            voxel = np.floor(along).astype(np.int64)
+            inside = inside & (voxel >= 0) & (voxel < size)
+            at.append(voxel.clip(0, size - 1))
+        slab[:] = np.where(inside, values[tuple(at)], 0)
+    return out
 
 
 def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -252,13 +252,17 @@ def test_every_rule_is_registered_by_its_id():
         volsal.Explainer(Shifted(), None, "grad-cam", 1, alignment="half-pixle")
 
 
-def test_exchanged_axes_are_refused_rather_than_placed():
+@pytest.mark.parametrize("rule", [HalfPixel(), Nominal(), Measured()])
+def test_exchanged_axes_are_read_in_the_inputs_order(rule):
     class Turned(Shifted):
         def forward(self, x):
             return super().forward(x.permute(0, 1, 4, 3, 2))
 
-    with pytest.raises(AlignmentError, match="axes are not the input's"):
-        found(Turned(), spot((6, 15, 25), (32, 32, 32)), Measured())
+    x = spot((6, 15, 25), (32, 28, 36))
+    alignment, centre = found(Turned(), x, rule)
+    expected, straight = found(Shifted(), x.permute(0, 1, 4, 3, 2), rule)
+    assert alignment.offset == pytest.approx(expected.offset[::-1], abs=1e-3)
+    assert centre == pytest.approx(straight[::-1], abs=1e-3)
 
 
 @pytest.mark.parametrize(

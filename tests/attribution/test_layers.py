@@ -31,8 +31,8 @@ VOLUME = torch.randn(1, 1, 12, 16, 20)
 def test_knows_what_lies_on_every_path_and_what_runs_how_often():
     layers = {layer.name: layer for layer in list_layers(Branching(), VOLUME)}
     on_every = {name for name, layer in layers.items() if layer.on_every_path}
-    assert on_every == {"stem", "join.0", "join.1", "join", "tail"}
-    assert layers["act"].calls == 2
+    assert on_every == {"stem", "act#1", "join.0", "join.1", "join", "tail"}
+    assert layers["act#1"].calls == layers["act#2"].calls == 2
     assert layers["stem"].stride == (2, 2, 2)
     assert layers["join"].shape == (1, 4, 6, 8, 10)
     assert layers["join"].bytes == 4 * 6 * 8 * 10 * 4

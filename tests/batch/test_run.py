@@ -140,9 +140,9 @@ def test_changed_preprocessing_code_counts(config, tmp_path):
 
 
 def test_a_disk_that_fails_stops_the_run_and_loses_nothing(config, tmp_path, monkeypatch):
-    import volsal.explain
+    import volsal.explanation
 
-    real, calls = volsal.explain.write_map, []
+    real, calls = volsal.explanation.write_map, []
 
     def full(path, *rest):
         calls.append(path)
@@ -150,12 +150,12 @@ def test_a_disk_that_fails_stops_the_run_and_loses_nothing(config, tmp_path, mon
             raise WriteError(f"{path}: could not be written: No space left on device")
         real(path, *rest)
 
-    monkeypatch.setattr("volsal.explain.write_map", full)
+    monkeypatch.setattr("volsal.explanation.write_map", full)
     with pytest.raises(WriteError, match="No space left"):
         execute(config())
     assert (tmp_path / "out" / "a" / "case.json").exists()
     assert not (tmp_path / "out" / "sub-b" / "case.json").exists()
-    monkeypatch.setattr("volsal.explain.write_map", real)
+    monkeypatch.setattr("volsal.explanation.write_map", real)
     _, outcomes = execute(config())
     assert [o.status for o in outcomes] == ["kept", "done", "done"]
 

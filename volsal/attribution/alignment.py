@@ -13,20 +13,22 @@ a cell.  So it can be measured.  To add a rule: a class here and its line in :da
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from volsal.attribution.lean import Lean
 from volsal.attribution.rules import GuidedRule
-from volsal.attribution.tap import find_layer, plain, undisturbed
-from volsal.attribution.tracing import Trace, trace
+from volsal.attribution.tap import Calls, copied_on_write, plain, reader, run, undisturbed
+from volsal.attribution.tracing import Trace, traced
 from volsal.errors import VolsalError
 from volsal.grid import Grid
 
@@ -142,6 +144,10 @@ class AlignmentRule(ABC):
             Where this rule has no answer.
         """
 
+    def together(self, model: nn.Module, volume: Tensor, maps: Sequence[LayerMap]) -> list[Alignment]:
+        """The alignment of each of several maps of one volume, from as few passes as the rule allows."""
+        return [self(model, volume, of) for of in maps]
+
 
 @dataclass(frozen=True)
 class HalfPixel(AlignmentRule):
@@ -169,12 +175,12 @@ class Nominal(AlignmentRule):
 
     def __call__(self, model: nn.Module, volume: Tensor, of: LayerMap) -> Alignment:
         """The traced lines, one per axis."""
-        traced = _traced(model, volume, of.layer)
-        if traced.lost:
+        found = traced(model, volume, of.layer)
+        if found.lost:
             raise AlignmentError(
-                f"layer {of.layer!r}: where its cells lie cannot be traced ({traced.lost}); use half-pixel alignment"
+                f"layer {of.layer!r}: where its cells lie cannot be traced ({found.lost}); use half-pixel alignment"
             )
-        return Alignment(self.id, traced.stride, traced.offset)
+        return Alignment(self.id, found.stride, found.offset)
 
 
 @dataclass(frozen=True)
@@ -229,11 +235,21 @@ class Measured(AlignmentRule):
 
     def __call__(self, model: nn.Module, volume: Tensor, of: LayerMap) -> Alignment:
         """The volume's own alignment, within reach of what is known; of a batch, the median over its volumes."""
-        start = _centred(model, volume, of)
+        return self.together(model, volume, [of])[0]
+
+    def together(self, model: nn.Module, volume: Tensor, maps: Sequence[LayerMap]) -> list[Alignment]:
+        """As one by one, from one forward pass; each map has its own way back."""
+        starts = [_centred(model, volume, of) for of in maps]
+        with followed_back(model, volume, maps) as evidence:
+            return [self._own(model, volume, of, start, evidence) for of, start in zip(maps, starts, strict=True)]
+
+    def _own(
+        self, model: nn.Module, volume: Tensor, of: LayerMap, start: Alignment, evidence: Callable[[LayerMap], Tensor]
+    ) -> Alignment:
         known = self._fitting(start, of, tuple(volume.shape[2:]))
         begin = known or start
         try:
-            own, doubt = offsets(model, volume, of, begin)
+            own, doubt = offsets(of, evidence(of), begin)
         except (AlignmentError, torch.OutOfMemoryError):
             if self.strict:
                 raise
@@ -275,11 +291,17 @@ class Collector(AlignmentRule):
 
     def __call__(self, model: nn.Module, volume: Tensor, of: LayerMap) -> Alignment:
         """The start of the search; what was found is kept."""
-        start = _centred(model, volume, of)
-        key = (of.method, of.layer, of.target, tuple(volume.shape[2:]))
-        self._found.setdefault(key, []).extend(offsets(model, volume, of, start)[0])
-        self._strides[key] = start.stride
-        return start
+        return self.together(model, volume, [of])[0]
+
+    def together(self, model: nn.Module, volume: Tensor, maps: Sequence[LayerMap]) -> list[Alignment]:
+        """As one by one, from one forward pass."""
+        starts = [_centred(model, volume, of) for of in maps]
+        with followed_back(model, volume, maps) as evidence:
+            for of, start in zip(maps, starts, strict=True):
+                key = (of.method, of.layer, of.target, tuple(volume.shape[2:]))
+                self._found.setdefault(key, []).extend(offsets(of, evidence(of), start)[0])
+                self._strides[key] = start.stride
+        return starts
 
     def pooled(self) -> dict[_Group, Alignment]:
         """The alignment of each group that held evidence; :class:`AlignmentError` where none did."""
@@ -301,19 +323,13 @@ def pooled(own: ArrayLike, stride: Sequence[float]) -> Alignment:
     return Alignment("measured", tuple(stride), _rounded(middle), error, len(offset))
 
 
-def offsets(
-    model: nn.Module, volume: Tensor, of: LayerMap, start: Alignment
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def offsets(of: LayerMap, evidence: Tensor, start: Alignment) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Each volume's own offset, and its uncertainty, for volumes whose map holds evidence that leads back to the input.
 
-    Both (N, axes), voxels.  ``start`` gives the stride, and the offset from which the search begins.
-
-    Raises
-    ------
-    AlignmentError
-        Where the network before the layer cannot be differentiated.
+    Both (N, axes), voxels.  ``evidence`` (B, C, *spatial) is what :func:`followed_back` gives for the map; ``start``
+    gives the stride, and the offset from which the search begins.
     """
-    evidence = _followed_back(model, of.layer, volume, _seeds(of)).clamp(min=0).sum(1)
+    evidence = evidence.clamp(min=0).sum(1)
     found, doubts = [], []
     for cells, voxels in zip(of.values[:, 0].detach().clamp(min=0).cpu().double(), evidence, strict=True):
         # As wide as a quarter of a cell: single voxels of a gradient are noise.
@@ -323,7 +339,7 @@ def offsets(
             at = [centroid(smooth, share) for share in (0.25, 0.5, 0.75)]
             found.append(_fitted(cells, at[1], start, smooth.shape))
             doubts.append(np.ptp(at, axis=0) / 2)
-    axes = volume.ndim - 2
+    axes = evidence.ndim - 1
     return np.array(found).reshape(-1, axes), np.array(doubts).reshape(-1, axes)
 
 
@@ -362,72 +378,72 @@ def _fitted(cells: Tensor, at: NDArray[np.float64], start: Alignment, size: tupl
 
 
 class _Reached(Exception):
-    """The layer has run; nothing after it is needed."""
+    """The layers have run; nothing after them is needed."""
 
 
-def _followed_back(model: nn.Module, layer: str, volume: Tensor, seeds: Tensor) -> Tensor:
-    """The guided gradient of <seeds, activation of ``layer``> by the input, of the input's shape."""
-    reached: list[Tensor] = []
+@contextmanager
+def followed_back(model: nn.Module, volume: Tensor, maps: Sequence[LayerMap]) -> Iterator[Callable[[LayerMap], Tensor]]:
+    """A function that follows each of ``maps``, in their order, back to the input; one forward pass serves them all.
 
-    def stop(module: nn.Module, args: tuple, output: Tensor) -> None:
-        reached.append(output)
-        raise _Reached
+    What it returns is the guided gradient of <seeds, activation of the layer> by the input, of the input's shape; the
+    seeds are those of the map.  It raises :class:`AlignmentError` where the network before the layer, or the map by the
+    layer, cannot be differentiated.
+    """
+    layers = {of.layer for of in maps}
+    reached: dict[str, tuple[GradientEdge | None, torch.dtype]] = {}
+    failure: Exception | None = None
+
+    def see(layer: str, output: Tensor, trace: Trace) -> None:
+        # The point in the graph, not the tensor: steps in place that follow a layer would move the tensor on.
+        point = reader(layer, output, trace, volume)(output)
+        reached[layer] = get_gradient_edge(point) if point.requires_grad else None, output.dtype
+        if reached.keys() == layers:
+            raise _Reached
 
     with undisturbed(model):
         leaf = plain(volume).requires_grad_(True)
-        hook = find_layer(model, layer).register_forward_hook(stop)
         try:
-            with GuidedRule():
-                model(leaf.clone())
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            # A model may catch and wrap what is raised inside it; the layer has been reached all the same.
-            if not reached:
-                raise AlignmentError(f"layer {layer!r} cannot be followed back to the input: {_line(error)}") from error
-        finally:
-            hook.remove()
-        try:
-            return torch.autograd.grad(reached[0], leaf, seeds.to(reached[0].dtype))[0].detach().float()
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, IndexError) as error:
-            raise AlignmentError(f"layer {layer!r} cannot be followed back to the input: {_line(error)}") from error
+            with Lean(), Calls(model, sorted(layers), see), GuidedRule():
+                run(model, copied_on_write(leaf))
+        except Exception as error:  # noqa: BLE001 - told of the layers that it keeps from running, if there are any
+            failure = error
+
+        def follow(of: LayerMap) -> Tensor:
+            if of.layer not in reached:
+                if isinstance(failure, torch.OutOfMemoryError):
+                    raise failure
+                raise _astray(of.layer, failure or "it does not run") from failure
+            edge, dtype = reached[of.layer]
+            if edge is None:
+                raise _astray(of.layer, "no differentiable step leads from the input to it")
+            seeds = _seeds(of).to(dtype)
+            try:
+                return torch.autograd.grad(edge, leaf, seeds, retain_graph=of is not maps[-1])[0].detach().float()
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, IndexError) as error:
+                raise _astray(of.layer, error) from error
+
+        yield follow
+
+
+def _astray(layer: str, why: BaseException | str) -> AlignmentError:
+    reason = why if isinstance(why, str) else _line(why)
+    return AlignmentError(f"layer {layer!r} cannot be followed back to the input: {reason}")
 
 
 def _line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-_TRACES: WeakKeyDictionary[nn.Module, dict[tuple, Trace]] = WeakKeyDictionary()
-
-
-def _traced(model: nn.Module, volume: Tensor, layer: str) -> Trace:
-    """The layer's trace, once per model, layer and input shape.
-
-    AlignmentError where the layer's axes are known not to be the input's: every place would be wrong.
-    """
-    remembered = _TRACES.setdefault(model, {})
-    key = (layer, tuple(volume.shape[1:]))
-    if key not in remembered:
-        remembered[key] = trace(model, volume[:1], [layer])[layer]
-    traced = remembered[key]
-    if not (traced.lost or traced.regular):
-        raise AlignmentError(
-            f"layer {layer!r}: its axes are not the input's, in the input's order (its dimensions run along "
-            f"{traced.axes}), so its cells cannot be laid over the scan; name a layer before the axes are exchanged"
-        )
-    return traced
-
-
 def _centred(model: nn.Module, volume: Tensor, of: LayerMap) -> Alignment:
     """The traced stride where there is one, with the cells' middle on the input's middle: a start, and no claim."""
     customary = HalfPixel()(model, volume, of)
-    traced = _traced(model, volume, of.layer)
-    if traced.lost:
+    found = traced(model, volume, of.layer)
+    if found.lost:
         return customary
-    spans = zip(volume.shape[2:], of.cells, traced.stride, strict=True)
-    return Alignment(customary.kind, traced.stride, tuple((n - 1 - step * (m - 1)) / 2 for n, m, step in spans))
+    spans = zip(volume.shape[2:], of.cells, found.stride, strict=True)
+    return Alignment(customary.kind, found.stride, tuple((n - 1 - step * (m - 1)) / 2 for n, m, step in spans))
 
 
 def _smoothed(values: Tensor, sigmas: Sequence[float]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Guided backpropagation, and its product with Grad-CAM."""
+"""Guided backpropagation, its product with Grad-CAM, and the deconvnet."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from volsal.attribution.cam import GradCAM
 from volsal.attribution.gradient import by_input
 from volsal.attribution.method import Attribution, Context, Method
-from volsal.attribution.rules import GuidedRule
+from volsal.attribution.rules import DeconvRule, GuidedRule
 from volsal.attribution.targets import Target
 
 
@@ -70,3 +70,26 @@ class GuidedGradCAM(Method):
             for cam, alignment, fine in zip(coarse.maps, coarse.alignments, guided.maps, strict=True)
         ]
         return Attribution(maps, coarse.scores, coarse.output, alignments=coarse.alignments, coverage=guided.coverage)
+
+
+@dataclass(frozen=True)
+class Deconvnet(Method):
+    """The deconvnet, Zeiler and Fergus, ECCV 2014, section 2.1: the score's signal, rectified at every activation.
+
+    The rule and what it means for activations other than ReLU are in :class:`volsal.attribution.rules.DeconvRule`.
+    Maps (B, C, *spatial) of the input's shape, signed.  Without max-pooling the map does not depend on which
+    activations were on, so it hardly depends on the scan: read it as *what such a score looks for in general*.
+
+    Raises
+    ------
+    CoverageError
+        Where the model has no activation for the rule, one that cannot be reached, or checkpoints.
+    """
+
+    id: ClassVar[str] = "deconvnet"
+    unit: ClassVar[str] = "rectified logit per unit of model input"
+    signed: ClassVar[bool] = True
+
+    def run(self, model: nn.Module, volume: Tensor, targets: Sequence[Target], context: Context) -> Attribution:
+        """The deconvnet's map of each target's score; other errors as for :meth:`volsal.GradCAM.attribute`."""
+        return by_input(model, volume, targets, DeconvRule())

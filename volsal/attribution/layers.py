@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
-from volsal.attribution.tap import LayerError, copied_on_write, forward, plain, undisturbed
+from volsal.attribution.following import Following, Trace, trace_of
+from volsal.attribution.structure import Memory, bare
+from volsal.attribution.tap import (
+    LayerError,
+    Tap,
+    copied_on_write,
+    forward,
+    plain,
+    reader,
+    require_open,
+    trace_key,
+    traces,
+    undisturbed,
+)
 
 _log = logging.getLogger("volsal")
 
@@ -24,13 +37,16 @@ class Layer:
 
     Attributes
     ----------
-    name : dotted name, as ``named_modules`` has it
+    name : dotted name, as ``named_modules`` has it; ``act#2`` for the second call of a layer that runs more than once
     kind : class of the module
     shape : (B, C, *cells) of its output
     stride : input voxels per cell along each spatial axis, by the ratio of the sizes
     bytes : size of its output
-    calls : how often it runs in one forward pass; a map needs a layer that runs once
+    calls : how often it runs in one forward pass
     on_every_path : whether everything the model says of the input passes through it
+    layout : how the output holds its cells where it is not (B, C, *cells): ``(B, 1 + 4*3*5, 48)`` for 48 channels of
+        4 x 3 x 5 tokens after a class token; empty otherwise
+    is_output : whether it is what the model returns, which explains nothing
     """
 
     name: str
@@ -40,6 +56,8 @@ class Layer:
     bytes: int
     calls: int
     on_every_path: bool
+    layout: str = ""
+    is_output: bool = False
 
     @property
     def extent(self) -> tuple[int, ...]:
@@ -48,12 +66,15 @@ class Layer:
 
     @property
     def suitable(self) -> bool:
-        """Whether a map at this layer is unambiguous, complete, and more than a single cell wide in every axis."""
-        return self.calls == 1 and self.on_every_path and min(self.extent) >= 2
+        """Whether a map at this layer is complete, more than a single cell wide in every axis, and not the output."""
+        return self.on_every_path and not self.is_output and min(self.extent) >= 2
 
 
 def list_layers(model: nn.Module, volume: Tensor) -> list[Layer]:
-    """The layers whose output has the axes of ``volume`` (B, C, *spatial), in the order in which they finish.
+    """The layers whose output has cells along the axes of ``volume`` (B, C, *spatial), in the order of finishing.
+
+    Tokens count, and slices that are folded into the batch, where it can be traced what they are of the input.  A layer
+    that runs several times is listed once for each.
 
     One forward pass.  The graph that it records keeps no tensors, so it needs little more memory than inference.
     """
@@ -63,86 +84,142 @@ def list_layers(model: nn.Module, volume: Tensor) -> list[Layer]:
 def default_layer(model: nn.Module, volume: Tensor) -> str:
     """The last layer that lies on every path to the output and is at least 2 cells wide in every axis.
 
-    Where several names mean one and the same output (a block and its last member) the outermost is taken.  The choice
-    depends on the model and the input's shape only, and is remembered.
+    Where several names mean one and the same output (a block and its last member) the outermost is taken.  What the
+    model returns is passed by, and so are tokens that it reads no more: a transformer's last, where a class token
+    answers.  Returned tensors from which others are computed, such as hidden states, are no outputs in this.  The
+    choice depends on the model and the input's shape only, and is remembered until a module is replaced.
 
     Raises
     ------
     LayerError
         Where no layer qualifies, naming those that come near.
     """
-    remembered = _CHOSEN.setdefault(model, {})
-    shape = tuple(volume.shape[1:])
+    remembered, shape = _CHOSEN.of(bare(model)), tuple(volume.shape[1:])
     if shape not in remembered:
-        observed = _observe(model, volume)
-        suitable = [(layer, node) for layer, node in observed if layer.suitable]
-        if not any(layer.on_every_path for layer, _ in observed):
-            raise LayerError(
-                "no layer lies on every path from the input to the output; either several paths run side by side all "
-                "the way (name a layer with layer=), or the output does not depend on the input through "
-                "differentiable steps (is there a detach, an argmax or a no_grad in the model?)"
-            )
-        if not suitable:
-            widest = ", ".join(f"{layer.name} {layer.extent}" for layer, _ in observed[-5:])
-            raise LayerError(
-                "no layer lies on every path to the output with at least 2 cells in every axis for an input of shape "
-                f"{tuple(volume.shape)}; name one with layer= (the last ones are {widest or 'without spatial axes'})"
-            )
-        last = suitable[-1][1]
-        names = [layer.name for layer, node in suitable if node == last]
-        remembered[shape] = min(names, key=lambda name: name.count("."))
+        remembered[shape] = _chosen(model, volume)
         _log.info("no layer was named: taking %r, the last one on every path to the output", remembered[shape])
     return remembered[shape]
 
 
-_CHOSEN: WeakKeyDictionary[nn.Module, dict[tuple[int, ...], str]] = WeakKeyDictionary()
+_CHOSEN: Memory[str] = Memory()
+
+
+def _chosen(model: nn.Module, volume: Tensor) -> str:
+    observed = _observe(model, volume)
+    if not any(layer.on_every_path for layer, _ in observed):
+        raise LayerError(
+            "no layer lies on every path from the input to the output; either several paths run side by side all "
+            "the way (name a layer with layer=), or the output does not depend on the input through "
+            "differentiable steps (is there a detach, an argmax or a no_grad in the model?)"
+        )
+    names: dict[Any, str] = {}  # by the place in the graph, in order
+    for layer, node in observed:
+        if layer.suitable:
+            names[node] = min([names.get(node, layer.name), layer.name], key=lambda name: name.count("."))
+    layouts = {layer.name: layer.layout for layer, _ in observed}
+    candidates = list(names.values())
+    if candidates and "+" in layouts[candidates[-1]]:
+        candidates = _read_on(model, volume, candidates)
+    if not candidates:
+        widest = ", ".join(f"{layer.name} {layer.extent}" for layer, _ in observed[-5:])
+        raise LayerError(
+            "no layer lies on every path to the output with at least 2 cells in every axis for an input of shape "
+            f"{tuple(volume.shape)}; name one with layer= (the last ones are {widest or 'without spatial axes'})"
+        )
+    return candidates[-1]
+
+
+def _read_on(model: nn.Module, volume: Tensor, layers: Sequence[str]) -> list[str]:
+    """Those of ``layers`` whose cells, and not only the class token beside them, have an effect on the output."""
+    with undisturbed(model), Tap(model, *layers) as tap:
+        outputs = _answers(forward(model, plain(volume)))
+        # Weights that differ, lest effects cancel: probabilities have a constant sum.
+        seeds = [torch.linspace(1, 2, t.numel()).to(t).reshape(t.shape) for t in outputs]
+        found = torch.autograd.grad(outputs, tap.activations, seeds, allow_unused=True)
+    return [layer for layer, by in zip(layers, found, strict=True) if by is not None and bool(by.any())]
+
+
+@dataclass(frozen=True)
+class _Sight:
+    """What was seen of one call of a layer."""
+
+    name: str
+    call: int
+    module: nn.Module
+    trace: Trace
+    shape: tuple[int, ...]
+    layout: str
+    bytes: int
+    place: Any  # the autograd node, and the number of its output, that made it
 
 
 def _observe(model: nn.Module, volume: Tensor) -> list[tuple[Layer, Any]]:
     """Each layer with the autograd node, and the number of that node's output, that made its output."""
-    seen: dict[str, tuple[nn.Module, tuple[int, ...], int, Any]] = {}
-    calls: dict[str, int] = {}
+    model = bare(model)
+    require_open(model, "its layers")
+    sights: list[_Sight] = []
+    calls: Counter[str] = Counter()
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
-            calls[name] = calls.get(name, 0) + 1
-            if isinstance(output, Tensor) and output.ndim == volume.ndim and output.grad_fn is not None:
-                seen.pop(name, None)  # a later call goes to the end of the order
-                size = output.numel() * output.element_size()
-                seen[name] = (module, tuple(output.shape), size, (output.grad_fn, output.output_nr))
+            calls[name] += 1
+            if isinstance(output, Tensor) and output.grad_fn is not None and output.numel():
+                trace = trace_of(following.fates.get(output), tuple(output.shape), len(volume))
+                try:
+                    shape = tuple(reader(name, output, trace, volume)(output).shape)
+                except LayerError:
+                    return  # it has no cells
+                reading = trace.reading
+                layout = str(reading) if reading and not reading.regular else ""
+                size, place = output.numel() * output.element_size(), (output.grad_fn, output.output_nr)
+                sights.append(_Sight(name, calls[name], module, trace, shape, layout, size, place))
 
         return hook
 
     hooks = []
     with undisturbed(model), saved_tensors_hooks(lambda tensor: None, _never):
-        leaf = plain(volume).requires_grad_(True)
+        entering = copied_on_write(plain(volume).requires_grad_(True))
+        following = Following(entering)
         try:
             for name, module in model.named_modules():
                 if name:
                     hooks.append(module.register_forward_hook(watch(name)))
-            output = forward(model, copied_on_write(leaf))
+            with following:
+                output = forward(model, entering)
         finally:
             for handle in hooks:
                 handle.remove()
-        tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.grad_fn is not None]
-        ends = [(t.grad_fn, t.output_nr) for t in tensors]
+        ends = [(t.grad_fn, t.output_nr) for t in _answers(output)]
         dominating = _on_every_path(ends)
-    return [
-        (
-            Layer(
-                name,
-                type(module).__name__,
-                shape,
-                tuple(whole / cells for whole, cells in zip(volume.shape[2:], shape[2:], strict=True)),
-                size,
-                calls[name],
-                node in dominating,
-            ),
-            node,
-        )
-        for name, (module, shape, size, node) in seen.items()
-        if math.prod(shape)
-    ]
+    known = traces.of(model)
+    for sight in sights:
+        known[trace_key(_named(sight, calls), volume)] = sight.trace
+    return [(_layer(sight, volume, calls, dominating, ends), sight.place) for sight in sights]
+
+
+def _named(sight: _Sight, calls: Counter[str]) -> str:
+    return sight.name if calls[sight.name] == 1 else f"{sight.name}#{sight.call}"
+
+
+def _layer(sight: _Sight, volume: Tensor, calls: Counter[str], dominating: set[Any], ends: Sequence[Any]) -> Layer:
+    return Layer(
+        _named(sight, calls),
+        type(sight.module).__name__,
+        sight.shape,
+        tuple(whole / cells for whole, cells in zip(volume.shape[2:], sight.shape[2:], strict=True)),
+        sight.bytes,
+        calls[sight.name],
+        sight.place in dominating,
+        sight.layout,
+        sight.place in ends,
+    )
+
+
+def _answers(output: Any) -> list[Tensor]:
+    """Those of the returned tensors from which no other is computed; hidden states are none."""
+    tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.grad_fn is not None]
+    earlier = {place for node in _topological([t.grad_fn for t in tensors]) for place in node.next_functions}
+    return [t for t in tensors if (t.grad_fn, t.output_nr) not in earlier]
 
 
 def _never(packed: Any) -> Tensor:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from volsal.attribution.alignment import Alignment, AlignmentRule, HalfPixel
+from volsal.attribution.structure import bare
+from volsal.attribution.tap import precise
 from volsal.attribution.targets import Target
 from volsal.attribution.targets import score as score_of
 from volsal.grid import Grid
@@ -145,28 +147,32 @@ def attribute(
     """The answer of each method, from as few passes through the model as they allow together.
 
     Class activation maps of any kinds and layers come out of one pass, and what several methods are made of is
-    computed once.
+    computed once.  A model inside ``DataParallel`` or ``torch.compile`` runs without them.
     """
+    model = bare(model)
     families: dict[Any, list[Method]] = {}
-    for base in dict.fromkeys(base for method in methods for base in _bases(method)):
+    for base in dict.fromkeys(base for method in methods for base in bases(method)):
         families.setdefault(base.family() or base, []).append(base)
     answers: dict[Method, Attribution] = {}
-    for members in families.values():
-        together = (members[0].family() or type(members[0])).run_together
-        answers |= zip(members, together(model, volume, members, targets, context), strict=True)
-    return [_composed(method, volume, answers, context) for method in methods]
+    with precise(model):
+        for members in families.values():
+            together = (members[0].family() or type(members[0])).run_together
+            answers |= zip(members, together(model, volume, members, targets, context), strict=True)
+        return [composed(method, volume, answers, context) for method in methods]
 
 
-def _bases(method: Method) -> list[Method]:
+def bases(method: Method) -> list[Method]:
+    """The methods that compute by themselves, of which ``method`` is made; itself, if it is one of them."""
     made_of = method.ingredients()
-    return [base for part in made_of for base in _bases(part)] if made_of else [method]
+    return [base for part in made_of for base in bases(part)] if made_of else [method]
 
 
-def _composed(method: Method, volume: Tensor, answers: Mapping[Method, Attribution], context: Context) -> Attribution:
+def composed(method: Method, volume: Tensor, answers: Mapping[Method, Attribution], context: Context) -> Attribution:
+    """The method's answer, of the ``answers`` of its :func:`bases`."""
     made_of = method.ingredients()
     if not made_of:
         return answers[method]
-    return method.compose(volume, [_composed(part, volume, answers, context) for part in made_of], context)
+    return method.compose(volume, [composed(part, volume, answers, context) for part in made_of], context)
 
 
 def scores_of(targets: Sequence[Target], output: Any, batch: int) -> list[Tensor]:

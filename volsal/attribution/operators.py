@@ -26,6 +26,7 @@ from volsal.attribution.places import (
     Fate,
     Lost,
     Place,
+    Row,
     Run,
     Runs,
     UntraceableError,
@@ -201,6 +202,20 @@ def _flip(call: Call) -> Place:
     return place
 
 
+def _roll(call: Call) -> Place:
+    """A cyclic shift, which a later one may undo."""
+    place, shifts = call.place, call.given["shifts"]
+    if not call.given["dims"]:
+        raise UntraceableError("over the flattened tensor")
+    for dim, shift in zip(call.dims(call.given["dims"]), _per_axis(shifts, 1), strict=True):
+        if spatial(place.dims[dim]):
+            if len(place.dims[dim]) != 1:
+                raise UntraceableError("along a dimension into which several are folded")
+            (run,) = place.dims[dim]
+            place = place.put(dim, (replace(run, rolled=(run.rolled + shift) % run.count),))
+    return place
+
+
 def _permute(call: Call) -> Place:
     order = list(range(len(call.size)))
     if call.name == "permute":
@@ -313,10 +328,21 @@ def _stack(call: Call) -> Place | None:
 def _cat(call: Call) -> Place | None:
     inputs = [(tensor, fate) for tensor, fate in call.inputs if tensor.numel()]
     dim = call.given["dim"] % len(call.shape)
-    known = [fate for _, fate in inputs if isinstance(fate, Place)]
-    if len(inputs) > 1 and any(spatial(place.dims[dim]) for place in known):
-        raise UntraceableError("along a spatial axis")
+    known = {number: fate for number, (_, fate) in enumerate(inputs) if isinstance(fate, Place)}
+    if len(inputs) > 1 and any(spatial(place.dims[dim]) for place in known.values()):
+        if len(known) > 1 or any(isinstance(fate, Lost) for _, fate in inputs):
+            raise UntraceableError("along a spatial axis")
+        ((number, place),) = known.items()
+        return _row(place, dim, [tensor.shape[dim] for tensor, _ in inputs], number)
     return joined(inputs, call.shape, along=dim)
+
+
+def _row(place: Place, dim: int, sizes: Sequence[int], own: int) -> Place:
+    """Cells with others beside them that do not descend from the input, such as a class token."""
+    before, cells = sum(sizes[:own]), place.dims[dim]
+    if isinstance(cells[0], Row):
+        before, cells = before + cells[0].before, cells[0].cells
+    return place.put(dim, (Row(None, sum(sizes), before=before, cells=cells),))
 
 
 def _matmul(call: Call) -> Place | None:
@@ -350,6 +376,7 @@ _RULES: tuple[tuple[str, Rule], ...] = (
     (r"(unsafe_)?split(_with_sizes)?(_copy)?", _split),
     (r"unbind(_copy)?", _unbind),
     (r"flip", _flip),
+    (r"roll", _roll),
     (r"permute|transpose|t|swapaxes", _permute),
     (r"unsqueeze", _unsqueeze),
     (r"squeeze", _squeeze),

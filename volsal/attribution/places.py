@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -25,26 +26,93 @@ class Lost:
     reason: str
 
 
+#: The axis of a :class:`Run` over the volumes of a batch, which lie nowhere on one another.
+BATCH = -1
+
+
 @dataclass(frozen=True)
 class Run:
-    """``count`` neighbours that lie ``step`` voxels apart along ``axis``; None for channels and the like."""
+    """``count`` neighbours that lie ``step`` voxels apart along ``axis``; None for channels and the like.
+
+    ``rolled`` says by how many cells they, or the whole row that they are a part of, were shifted cyclically, as before
+    the shifted windows of a Swin transformer: they lie where they would without only once they are shifted back.
+    """
 
     axis: int | None
     count: int
     step: float = 0.0
+    rolled: int = 0
+
+    @property
+    def spatial(self) -> bool:
+        """Whether it runs along an axis of the input."""
+        return self.axis is not None and self.axis != BATCH
+
+    @property
+    def inner(self) -> Runs:
+        """The runs that it consists of."""
+        return (self,)
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What two branches must have in common to be joined: all but the step."""
+        return self.axis, self.count, self.rolled
 
     def split(self, outer: int) -> tuple[Run, Run]:
         """Index i as (i // inner, i % inner)."""
         inner = self.count // outer
-        return Run(self.axis, outer, self.step * inner), Run(self.axis, inner, self.step)
+        return replace(self, count=outer, step=self.step * inner), replace(self, count=inner)
 
     def merged(self, inner: Run) -> Run | None:
         """What :meth:`split` split, or None where the two are no single run."""
         in_step = self.count == 1 or math.isclose(self.step, inner.step * inner.count)
-        return Run(self.axis, self.count * inner.count, inner.step) if self.axis == inner.axis and in_step else None
+        same = (self.axis, self.rolled) == (inner.axis, inner.rolled)
+        return replace(inner, count=self.count * inner.count) if same and in_step else None
 
 
 Runs = tuple[Run, ...]
+
+
+@dataclass(frozen=True)
+class Row(Run):
+    """A dimension in which other elements stand before or after the cells: a class token, a margin of zeros.
+
+    Attributes
+    ----------
+    before : how many elements that do not descend from the input come first
+    cells : the runs of those that do
+    """
+
+    before: int = 0
+    cells: Runs = ()
+
+    @property
+    def spatial(self) -> bool:
+        """It holds cells."""
+        return True
+
+    @property
+    def inner(self) -> Runs:
+        """The runs of the cells."""
+        return self.cells
+
+    @property
+    def size(self) -> int:
+        """The number of cells."""
+        return math.prod(run.count for run in self.cells)
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Where the cells stand, and how."""
+        return self.count, self.before, *(run.kind for run in self.cells)
+
+    def split(self, outer: int) -> tuple[Run, Run]:
+        """It has no regular parts."""
+        raise UntraceableError(f"cuts a row of cells that others stand beside, {self.before} of them before it")
+
+    def merged(self, inner: Run) -> Run | None:
+        """It is no part of a regular row."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -76,6 +144,9 @@ class Place:
             return self
         if not spatial(runs):
             return self.put(dim, placeless(size))
+        for row in runs:
+            if isinstance(row, Row) and (scale, start, size) == (1, row.before, row.size) and len(runs) == 1:
+                return self.put(dim, row.cells)
         place, run = self.sole(dim)
         return place.shifted(run.axis, start * run.step).put(dim, (replace(run, count=size, step=scale * run.step),))
 
@@ -85,7 +156,11 @@ class Place:
         Channels that a view interleaved with cells (pixel shuffle), and copies of a cell side by side, divide the cell.
         """
         runs = [run for run in self.dims[dim] if run.count > 1] or list(self.dims[dim])
-        if len(runs) == 2 and runs[0].axis is not None and runs[1].axis is None:
+        if any(isinstance(run, Row) for run in runs):
+            raise UntraceableError("along a row of cells that others stand beside")
+        if any(run.rolled for run in runs):
+            raise UntraceableError("along cells that are shifted cyclically")
+        if len(runs) == 2 and runs[0].spatial and runs[1].axis is None:
             outer, parts = runs[0], runs[1].count
             run = Run(outer.axis, outer.count * parts, outer.step / parts)
             return self.shifted(outer.axis, (1 / parts - 1) / 2 * outer.step).put(dim, (run,)), run
@@ -95,10 +170,10 @@ class Place:
 
     def reduced(self, dim: int) -> Place:
         """One cell in the middle of those of a dimension."""
-        place = self
-        for run in self.dims[dim]:
+        place, runs = self, [inner for run in self.dims[dim] for inner in run.inner]
+        for run in runs:
             place = place.shifted(run.axis, run.step * (run.count - 1) / 2)
-        return place.put(dim, tuple(Run(r.axis, 1, r.step * r.count) for r in self.dims[dim] if r.axis is not None))
+        return place.put(dim, tuple(replace(run, count=1, step=run.step * run.count) for run in runs if run.spatial))
 
     def mixed(self, dim: int, size: int) -> Place:
         """Channels that each read a whole dimension."""
@@ -112,14 +187,15 @@ def placeless(count: int) -> Runs:
 
 def spatial(runs: Runs) -> bool:
     """Whether a dimension runs along an axis of the input."""
-    return any(run.axis is not None for run in runs)
+    return any(run.spatial for run in runs)
 
 
 def whole(volume: Tensor) -> Place:
     """The input's own voxels."""
     zeros = (0.0,) * (volume.ndim - 2)
     voxels = [(Run(axis, size, 1.0),) for axis, size in enumerate(volume.shape[2:])]
-    return Place((placeless(volume.shape[0]), placeless(volume.shape[1]), *voxels), zeros, zeros)
+    batch = (Run(BATCH, volume.shape[0]),) if volume.shape[0] != 1 else ()
+    return Place((batch, placeless(volume.shape[1]), *voxels), zeros, zeros)
 
 
 Fate = Place | Lost | None  # None: does not descend from the input
@@ -143,7 +219,7 @@ def joined(inputs: list[tuple[Tensor, Fate]], shape: tuple[int, ...], along: int
     if lost and along < 0 and all(size != shape for size, _ in known):
         raise UntraceableError("of nothing known of this shape")
     votes = [replace(place, dims=_aligned(size, place, shape)) for size, place in known]
-    dims = [_mean_runs([v.dims[d] for v in votes if spatial(v.dims[d])], shape[d]) for d in range(len(shape))]
+    dims = [_mean_runs([v.dims[d] for v in votes if _marked(v.dims[d])], shape[d]) for d in range(len(shape))]
     places = [_mean_place(axis, votes) for axis in range(len(votes[0].offset))]
     notes = tuple(dict.fromkeys(note for vote in votes for note in vote.notes))
     place = Place(tuple(dims), tuple(o for o, _ in places), tuple(s for _, s in places), notes)
@@ -170,10 +246,15 @@ def _aligned(size: tuple[int, ...], place: Place, shape: tuple[int, ...]) -> tup
     return ((),) * missing + tuple(kept)
 
 
+def _marked(runs: Runs) -> bool:
+    """Whether a dimension holds more than channels and the like."""
+    return any(run.spatial or run.axis == BATCH for run in runs)
+
+
 def _mean_runs(candidates: list[Runs], size: int) -> Runs:
     if not candidates:
         return placeless(size)
-    if len({tuple((run.axis, run.count) for run in runs) for runs in candidates}) > 1:
+    if len({tuple(run.kind for run in runs) for runs in candidates}) > 1:
         raise UntraceableError("of tensors whose dimensions run along different axes")
     return tuple(replace(same[0], step=_mean([run.step for run in same])) for same in zip(*candidates, strict=True))
 
@@ -182,7 +263,7 @@ def _mean_place(axis: int, votes: list[Place]) -> tuple[float, float]:
     """(offset, spread): the mean over the branches, and how far one is from it at the first or last cell."""
     ends = []
     for vote in votes:
-        runs = [run for runs in vote.dims for run in runs if run.axis == axis]
+        runs = [inner for runs in vote.dims for run in runs for inner in run.inner if inner.axis == axis]
         if runs:
             last = vote.offset[axis] + sum(run.step * (run.count - 1) for run in runs)
             ends.append((vote.offset[axis], last, vote.spread[axis]))

@@ -1,16 +1,24 @@
-"""How an activation function passes gradient back, and the proof that none was missed."""
+"""How an activation function passes gradient back, and the proof that none was missed.
+
+To add a rule: a :class:`BackwardRule` whose ``__torch_function__`` changes the calls that it is about and adds the
+autograd nodes that stand for them to those that it covers.
+"""
 
 from __future__ import annotations
 
+from abc import ABC
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from volsal.attribution.lean import NO_ACTIVATIONS
+from volsal.attribution.spellings import spellings
+from volsal.attribution.tap import copied_on_write
 from volsal.errors import VolsalError
 
 
@@ -19,30 +27,15 @@ class CoverageError(VolsalError, RuntimeError):
 
 
 # Activation functions by what torch calls them; a trailing underscore (in place) is understood.
-_ACTIVATIONS = (
+ACTIVATIONS = (
     "relu", "relu6", "leaky_relu", "prelu", "rrelu", "elu", "selu", "celu", "gelu", "silu", "mish", "softplus",
     "hardswish",
 )  # fmt: skip
 # These rectify for some arguments only.
 _CLAMPS = ("clamp", "clip", "clamp_min", "hardtanh", "threshold", "_threshold", "maximum", "max")
-_NAMESPACES: tuple[Any, ...] = (F, torch, Tensor, torch._C._nn)
 
-
-def _spellings(names: tuple[str, ...]) -> dict[Any, str]:
-    found: dict[Any, str] = {}
-    for name in names:
-        for spelling in (name, f"{name}_"):
-            for space in _NAMESPACES:
-                if (function := getattr(space, spelling, None)) is not None:
-                    found[function] = name.strip("_")
-            # Exported programs call the operators themselves.
-            if (packet := getattr(torch.ops.aten, spelling, None)) is not None:
-                found |= {getattr(packet, overload): name.strip("_") for overload in packet.overloads()}
-    return found
-
-
-_ALWAYS = _spellings(_ACTIVATIONS)
-_SOMETIMES = _spellings(_CLAMPS)
+_ALWAYS = spellings(ACTIVATIONS)
+_SOMETIMES = spellings(_CLAMPS)
 
 # What autograd calls their backward nodes: an independent count of what there was to cover.
 _NODES = (
@@ -60,7 +53,63 @@ _BOUNDS = {
 }
 
 
-class GuidedRule(TorchFunctionMode):
+class BackwardRule(TorchFunctionMode, ABC):
+    """A rule for the backward pass, on every activation that the model calls inside the ``with`` block.
+
+    Caught in every spelling that calls a torch function: modules, functions, tensor methods, in-place forms, ``clamp``
+    or ``threshold`` or ``maximum`` at 0, exported operators.  Written out by hand (``x * (x > 0)``) an activation is
+    arithmetic and is not caught.
+
+    Attributes
+    ----------
+    coverage : how many activations of each kind the rule was put on
+    """
+
+    #: What the errors call the method.
+    method: ClassVar[str]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.coverage: Counter[str] = Counter()
+        self._covered: set[Any] = set()
+
+    def cover(self, name: str, node: Any) -> None:
+        """Count an activation, and remember the autograd node that stands for it."""
+        self._covered.add(node)
+        self.coverage[name] += 1
+
+    def require_complete(self, scores: list[Tensor]) -> None:
+        """Raise :class:`CoverageError` where the rule missed an activation in the recorded graph, or found none."""
+        self.require_none_missed(scores)
+        if not self.coverage:
+            raise CoverageError(
+                f"{self.method} found no activation function to put its rule on in this model, so its map would be the "
+                "plain gradient under another name; use input-gradient"
+            )
+
+    def require_none_missed(self, scores: list[Tensor]) -> None:
+        """Raise :class:`CoverageError` where the recorded graph holds an activation that the rule did not reach."""
+        graph = set(_nodes(scores))
+        missed = Counter(
+            node.name() for node in graph if node not in self._covered and (self.is_meant(node) or _is_custom(node))
+        )
+        # An activation that writes into a part of a tensor may leave its node outside the path that is taken.
+        writes = [node for node in graph if node.name().endswith("CopySlices")]
+        if writes and not self._covered <= graph:
+            missed["in-place activation of a part of a tensor"] += len(writes)
+        if missed:
+            listed = ", ".join(f"{count} x {name}" for name, count in missed.items())
+            raise CoverageError(
+                f"{self.method} cannot reach every activation of this model: {listed} (custom autograd functions and "
+                "re-entrant checkpoints hide what they do); turn them off for explaining, or use input-gradient"
+            )
+
+    def is_meant(self, node: Any) -> bool:
+        """Whether an autograd node is an activation that should have had this rule."""
+        return _is_activation(node)
+
+
+class GuidedRule(BackwardRule):
     r"""Guided backpropagation's rule, Springenberg et al., ICLR workshop 2015, section 3, eq. for "guided".
 
     For y = f(x) with an activation function f and R the signal on its way back,
@@ -72,20 +121,9 @@ class GuidedRule(TorchFunctionMode):
     f' their own derivative: LeakyReLU, PReLU and RReLU let the slope's share through where x < 0; ELU, SELU, CELU,
     GELU, SiLU, Mish, Softplus and Hardswish weigh by their smooth derivative.  Gates (sigmoid, tanh) are not
     rectifiers and keep their own gradient.
-
-    Caught in every spelling that calls a torch function: modules, functions, tensor methods, in-place forms, ``clamp``
-    or ``threshold`` or ``maximum`` at 0, exported operators.  Written out by hand (``x * (x > 0)``) it is arithmetic
-    and is not caught.
-
-    Attributes
-    ----------
-    coverage : how many activations of each kind the rule was put on
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.coverage: Counter[str] = Counter()
-        self._covered: set[Any] = set()
+    method = "guided backprop"
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -94,31 +132,103 @@ class GuidedRule(TorchFunctionMode):
         output = func(*args, **kwargs)
         if name and isinstance(output, Tensor) and output.requires_grad:
             output.register_hook(_positive)
-            self._covered.add(output.grad_fn)
-            self.coverage[name] += 1
+            self.cover(name, output.grad_fn)
         return output
 
-    def require_complete(self, scores: list[Tensor]) -> None:
-        """Raise :class:`CoverageError` where the recorded graph holds an activation that the rule did not reach."""
-        graph = set(_nodes(scores))
-        missed = Counter(
-            node.name() for node in graph if node not in self._covered and (_is_activation(node) or _is_custom(node))
-        )
-        # An activation that writes into a part of a tensor leaves its guided node outside the path that is taken.
-        writes = [node for node in graph if node.name().endswith("CopySlices")]
-        if writes and not self._covered <= graph:
-            missed["in-place activation of a part of a tensor"] += len(writes)
-        if missed:
-            listed = ", ".join(f"{count} x {name}" for name, count in missed.items())
+
+class DeconvRule(BackwardRule):
+    r"""The deconvnet's rule, Zeiler and Fergus, ECCV 2014, section 2.1: :math:`R_x = \max(0, R_y)`.
+
+    The signal is rectified on its way back as the activation was on its way forward; where the activation was silent
+    plays no part.  The paper knows ReLU only; for every other activation function the same formula is the stated
+    generalisation: its derivative is left out.  Gates (sigmoid, tanh) keep their own gradient, and max-pooling passes
+    the signal back to the maximum, which are the paper's switches.
+    """
+
+    method = "deconvnet"
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        call = Call.of(func, args, kwargs)
+        name = _name(func, args, kwargs)
+        if not name or len(call.places) != 1:
+            return func(*args, **kwargs)
+        output, node = call.replaced(lambda value: _Rectified.apply(call.variables[0], value), self.method)
+        self.cover(name, node)
+        return output
+
+
+class _Rectified(torch.autograd.Function):
+    """The numbers of ``value``, and a signal to ``carrier`` that is rectified."""
+
+    @staticmethod
+    def forward(ctx: Any, carrier: Tensor, value: Tensor) -> Tensor:
+        ctx.mark_dirty(value)  # it becomes the output itself, rather than a view of it
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *signals: Tensor) -> Any:
+        return signals[0].clamp(min=0), None
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A call of a torch function, and where among its arguments tensors stand that require grad."""
+
+    function: Any
+    args: tuple
+    kwargs: dict[str, Any]
+    places: tuple[int | str, ...]
+
+    @classmethod
+    def of(cls, function: Any, args: tuple, kwargs: dict[str, Any]) -> Call:
+        """The call, with its places found."""
+        given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+        return cls(function, args, kwargs, tuple(k for k, v in given if isinstance(v, Tensor) and v.requires_grad))
+
+    @property
+    def variables(self) -> list[Tensor]:
+        """The tensors that require grad."""
+        return [self.args[place] if isinstance(place, int) else self.kwargs[place] for place in self.places]
+
+    def argument(self, position: int, *names: str, default: Any = None) -> Any:
+        """The argument at a position or by one of its names."""
+        found = _argument(self.args, self.kwargs, position, *names)
+        return default if found is None else found
+
+    def on(self, *tensors: Tensor) -> Any:
+        """The same call with ``tensors`` in place of the variables."""
+        args, kwargs = list(self.args), dict(self.kwargs)
+        for place, tensor in zip(self.places, tensors, strict=True):
+            if isinstance(place, int):
+                args[place] = tensor
+            else:
+                kwargs[place] = tensor
+        return self.function(*args, **kwargs)
+
+    def replaced(self, make: Callable[[Tensor], Tensor], method: str) -> tuple[Tensor, Any]:
+        """What the call returns, its graph replaced by the one that ``make`` gives its value; and that graph's node.
+
+        A call in place has the result written where it writes.
+
+        Raises
+        ------
+        CoverageError
+            Inside a checkpoint, which would run the original function again on the way back.
+        """
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        if hooks and hooks[0].__module__ == "torch.utils.checkpoint":
             raise CoverageError(
-                f"guided backprop cannot reach every activation of this model: {listed} (custom autograd functions and "
-                "re-entrant checkpoints hide what they do); turn them off for explaining, or use input-gradient"
+                f"{method} cannot replace what a checkpoint runs again on the way back; turn the model's checkpointing "
+                "off for explaining"
             )
-        if not self.coverage:
-            raise CoverageError(
-                "guided backprop found no activation function to guide in this model, so its map would be the plain "
-                "gradient under another name; use input-gradient"
-            )
+        private = [copied_on_write(variable.detach()) for variable in self.variables]
+        value = self.on(*private)
+        if value._is_view():  # such as a product that was computed in another order of axes
+            value = value.clone()
+        result = make(value)
+        node = result.grad_fn
+        return (self.variables[0].copy_(result) if value is private[0] else result), node
 
 
 def _positive(gradient: Tensor) -> Tensor:
@@ -193,4 +303,6 @@ def _is_activation(node: Any) -> bool:
 
 
 def _is_custom(node: Any) -> bool:
-    return isinstance(node, torch.autograd.function.BackwardCFunction)
+    """Whether a node may hide an activation."""
+    made_of = getattr(node, "_forward_cls", None)
+    return isinstance(node, torch.autograd.function.BackwardCFunction) and made_of not in NO_ACTIVATIONS

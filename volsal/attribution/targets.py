@@ -1,23 +1,39 @@
 """The scalar that is explained: one score per volume, taken from the model's output before any softmax.
 
-A target is any callable from the model's output to a tensor (B,).  The classes below are the usual ones; each has an
-``id`` for file names and a sentence that says what it is.  To add one: a frozen dataclass here and its line in
-:func:`parse_target`.
+A target is any callable from the model's output to a tensor (B,), whatever that output is: of a detector's list of
+boxes, ``lambda output: torch.stack([one["scores"].max() for one in output])``.  The classes below are the usual ones,
+those for segmentations are in :mod:`volsal.attribution.segmentation_targets`.  A target may have, besides, any of
+
+- ``id``, for file names, and ``__str__``, a sentence that says what it is;
+- ``fixed(output)``: the target with the choices it makes from the output made once, see :func:`fixed`;
+- ``placed(context, output_of)``: the target for one scan, see :func:`placed`;
+- ``facts(output)``: for each volume what a reader of its map should know, as plain data;
+- ``files``: the files it reads, ``{case}`` standing for the case's id;
+- ``within(slices)``: its share in a part of a segmentation's output.
+
+To add one: a frozen dataclass, and its text form in :mod:`volsal.attribution.target_forms`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from volsal.errors import VolsalError, nearest
+from volsal.errors import VolsalError
+
+if TYPE_CHECKING:
+    from volsal.attribution.method import Context
 
 Target = Callable[[Any], Tensor]
+#: What the model returns for a scan's file.
+OutputOf = Callable[[str | Path], Any]
 
 
 class TargetError(VolsalError, ValueError):
@@ -45,7 +61,11 @@ class ClassLogit:
 
 @dataclass(frozen=True)
 class PredictedClass:
-    """The logit of the class with the largest logit, scan by scan.  Output (B, K), K > 1 -> scores (B,)."""
+    """The logit of the class with the largest logit, scan by scan.  Output (B, K), K > 1 -> scores (B,).
+
+    For classes that exclude each other.  Of a multi-label model it is the strongest label alone, and others may be
+    predicted too: name each label as a :class:`ClassLogit`.
+    """
 
     id = "predicted-class"
 
@@ -107,16 +127,79 @@ class SingleOutput:
         if not isinstance(output, Tensor) or output.ndim > 2 or (output.ndim == 2 and output.shape[1] != 1):
             raise TargetError(
                 f"the target 'regression' explains a model with one output, (B, 1); this one returns "
-                f"{_describe(output)}; choose a class instead, as in class-0"
+                f"{described(output)}{advice(output)}"
             )
         return output.reshape(-1)
+
+
+@dataclass(frozen=True)
+class OneOutput:
+    """One number of a regression model with several.  Output (B,) or (B, N) -> scores (B,)."""
+
+    index: int
+
+    @property
+    def id(self) -> str:
+        """``output-2``."""
+        return f"output-{self.index}"
+
+    def __str__(self) -> str:
+        return f"output {self.index}"
+
+    def __call__(self, output: Any) -> Tensor:
+        """That number of each volume."""
+        if not isinstance(output, Tensor) or output.ndim not in (1, 2):
+            raise TargetError(
+                f"the target {self.id!r} needs an output (B, numbers); this model returns {described(output)}"
+                f"{advice(output)}"
+            )
+        numbers = output.reshape(len(output), -1)
+        if not 0 <= self.index < numbers.shape[1]:
+            raise TargetError(f"output {self.index} asked for, but the model has {numbers.shape[1]}, counted from 0")
+        return numbers[:, self.index]
+
+
+@dataclass(frozen=True)
+class Named:
+    """A target under a name of one's own, as of a function: ``Named("widest box", lambda output: ...)``."""
+
+    id: str
+    target: Target
+
+    def __str__(self) -> str:
+        return str(self.target) if hasattr(self.target, "id") else self.id
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The files it reads."""
+        return getattr(self.target, "files", ())
+
+    @property
+    def within(self) -> Any:
+        """The target's own."""
+        return getattr(self.target, "within", None)
+
+    def __call__(self, output: Any) -> Tensor:
+        """The target's score."""
+        return self.target(output)
+
+    def fixed(self, output: Any) -> Target:
+        """See :func:`fixed`."""
+        return replace(self, target=fixed(self.target, output))
+
+    def placed(self, context: Context, output_of: OutputOf) -> Target:
+        """See :func:`placed`."""
+        return replace(self, target=placed(self.target, context, output_of))
+
+    def facts(self, output: Any) -> list[dict[str, Any]]:
+        """See :func:`facts`."""
+        return facts(self.target, output)
 
 
 def _logits(output: Any, *classes: int) -> Tensor:
     if not isinstance(output, Tensor) or output.ndim != 2:
         raise TargetError(
-            f"a class target needs an output (B, classes); this model returns {_describe(output)}; pass a callable "
-            "that takes this output and returns one score per volume, (B,)"
+            f"a class target needs an output (B, classes); this model returns {described(output)}{advice(output)}"
         )
     for index in classes:
         if not 0 <= index < output.shape[1]:
@@ -127,52 +210,102 @@ def _logits(output: Any, *classes: int) -> Tensor:
     return output
 
 
-def _describe(output: Any) -> str:
+def described(output: Any) -> str:
+    """What a model returned, in a few words."""
     if isinstance(output, Tensor):
         return f"a tensor of shape {tuple(output.shape)}"
-    if isinstance(output, dict):
+    if isinstance(output, Mapping):
         return f"a dict with keys {', '.join(map(repr, output))}"
     if isinstance(output, (tuple, list)):
-        return f"a {type(output).__name__} of {len(output)}: {', '.join(map(_describe, output))}"
+        listed = ", ".join(map(described, output[:8])) + (", ..." if len(output) > 8 else "")
+        return f"a {type(output).__name__} of {len(output)}: {listed}"
     return f"a {type(output).__name__}"
 
 
-_FORMS: list[tuple[str, Callable[..., Target]]] = [
-    (r"predicted-class|predicted", lambda: PredictedClass()),
-    (r"(?:class-)?(\d+)", lambda index: ClassLogit(int(index))),
-    (r"margin-(\d+)-(\d+)", lambda of, against: ClassMargin(int(of), int(against))),
-    (r"regression", lambda: SingleOutput()),
-]
-
-
-def parse_target(text: str | int, classes: Sequence[str] = ()) -> Target:
-    """The target that a config or the command line names.
-
-    ``predicted-class``, ``class-1`` (or just ``1``, or the class's name where ``classes`` gives names), ``margin-1-0``
-    and ``regression``.
-
-    >>> parse_target("class-1") == parse_target(1) == parse_target("lesion", classes=["healthy", "lesion"])
-    True
-    """
-    name = str(text).strip()
-    if name in classes and not isinstance(text, int):
-        index = list(classes).index(name)
-        if name.isdigit() and int(name) != index:
-            raise TargetError(
-                f"{name!r} is both an index and the name of class {index}; write class-{index} or class-{name}"
-            )
-        return ClassLogit(index)
-    for pattern, make in _FORMS:
-        if match := re.fullmatch(pattern, name):
-            return make(*match.groups())
-    known = ["predicted-class", "class-0", "margin-1-0", "regression", *classes]
-    raise TargetError(f"unknown target {name!r}{nearest(name, known)} (e.g. class-1, margin-1-0)")
+def advice(output: Any) -> str:
+    """Which targets there are for such an output."""
+    if isinstance(output, Tensor) and output.ndim == 2:
+        return "; choose one of them, as in output-0 or class-0"
+    if isinstance(output, Tensor) and output.ndim > 2:
+        return "; for a segmentation write segment-1, or pass a callable that returns one score per volume, (B,)"
+    if isinstance(output, (Mapping, tuple, list)) and len(output):
+        first = next(iter(output)) if isinstance(output, Mapping) else 0
+        return (
+            f"; choose a part of it, as in {first}/class-1, or pass a callable that returns one score per volume, (B,)"
+        )
+    return "; pass a callable that takes this output and returns one score per volume, (B,)"
 
 
 def target_id(target: Target) -> str:
-    """The target's id for file names: its ``id``, else its function's name reduced to a-z, 0-9 and hyphens."""
+    """The target's id for file names: its ``id``, else its function's name, reduced to a-z, 0-9, dots and hyphens."""
     name = getattr(target, "id", None) or getattr(target, "__name__", type(target).__name__)
-    return re.sub(r"[^a-z0-9]+", "-", str(name).lower()).strip("-") or "custom"
+    return _reduced(str(name)) or "custom"
+
+
+def told(target: Target) -> str:
+    """The target in words, as far as it says."""
+    return str(target) if hasattr(target, "id") else target_id(target)
+
+
+# Room for the case, the method and the suffix in a file name of 255 bytes.
+_LONGEST_ID = 72
+
+
+def _reduced(name: str) -> str:
+    plain = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.")
+    if len(plain) <= _LONGEST_ID:
+        return plain
+    return f"{plain[: _LONGEST_ID - 9].strip('-.')}-{sha256(name.encode()).hexdigest()[:8]}"
+
+
+def path_id(path: str) -> str:
+    """A file's name for ids: without folder, suffixes and ``{case}``."""
+    name = Path(path).name.replace("{case}", "")
+    return _reduced(re.sub(r"(\.[A-Za-z]+)+$", "", name)) or "file"
+
+
+def case_file(path: str, context: Context) -> str:
+    """``path`` with the case's id where it says ``{case}``."""
+    return path.replace("{case}", context.case)
+
+
+def distinct(targets: Sequence[Target]) -> list[Target]:
+    """The same targets, numbered where two have one id, so that their files differ.
+
+    Raises
+    ------
+    TargetError
+        Where one stands there twice.
+    """
+    found: list[Target] = []
+    taken: set[str] = set()
+    for target in targets:
+        own = target_id(target)
+        if target in targets[: len(found)]:
+            raise TargetError(f"targets must be given each once; got {own} twice")
+        name, number = own, 1
+        while name in taken:
+            number += 1
+            name = f"{own}-{number}"
+        taken.add(name)
+        found.append(target if name == own else Named(name, target))
+    return found
+
+
+def placed(target: Target, context: Context, output_of: OutputOf) -> Target:
+    """``target`` for one scan: what it says in millimetres, or by files, found there.
+
+    ``output_of`` gives what the model returns for another scan's file.  A target that needs any of it has a method
+    ``placed``.
+    """
+    place = getattr(target, "placed", None)
+    return place(context, output_of) if place else target
+
+
+def facts(target: Target, output: Any) -> list[dict[str, Any]]:
+    """For each volume of ``output`` what the target has to say of it; empty where it has nothing to say."""
+    say = getattr(target, "facts", None)
+    return say(output) if say else []
 
 
 def fixed(target: Target, output: Any) -> Target:
@@ -197,14 +330,22 @@ def score(target: Target, output: Any, batch: int) -> Tensor:
     Raises
     ------
     TargetError
-        For a wrong class, a wrong shape, or a score that is NaN or infinite.
+        For a wrong class, a wrong shape, or a score that is NaN or infinite; for a function that fails.
     """
-    value = target(output)
+    try:
+        value = target(output)
+    except (VolsalError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise TargetError(
+            f"target {target_id(target)!r} fails on what the model returns, {described(output)}: "
+            f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        ) from error
     if isinstance(value, Tensor) and batch == 1 and value.ndim == 0:
         value = value.reshape(1)
     if not isinstance(value, Tensor) or tuple(value.shape) != (batch,):
         raise TargetError(
-            f"target {target_id(target)!r} must return one score per volume, ({batch},); it returned {_describe(value)}"
+            f"target {target_id(target)!r} must return one score per volume, ({batch},); it returned {described(value)}"
         )
     if not torch.isfinite(value).all():
         shown = ", ".join(f"{number:g}" for number in value.detach().flatten()[:4].tolist())

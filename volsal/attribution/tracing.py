@@ -5,60 +5,27 @@ Along each spatial axis of the input, the centre of cell i lies at voxel coordin
 .. math:: x(i) = \mathrm{offset} + \mathrm{stride} \cdot i
 
 The output j of a convolution of kernel k, stride s, padding p and dilation d reads inputs around s j + (k-1) d/2 - p;
-every other operation has such a line too.  One real forward pass composes them.  It is watched where torch dispatches
-operators, below modules, functions and methods, so that the spelling does not matter.
+every other operation has such a line too.  One real forward pass composes them.
 
 The centres are nominal: those of the architecture, as if each kernel weighed its two sides alike.
 
-:mod:`~volsal.attribution.places` says how the place of one tensor is written down, and
-:mod:`~volsal.attribution.operators` what each operator does to it; an operator is added there.
+:mod:`~volsal.attribution.places` says how the place of one tensor is written down,
+:mod:`~volsal.attribution.operators` what each operator does to it (an operator is added there), and
+:mod:`~volsal.attribution.following` how a pass is watched.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from volsal.attribution.operators import Call, Rule, copying, cut, outcome, rule_of, slicing
-from volsal.attribution.places import Fate, Lost, Place, UntraceableError, agree, spatial, whole
-from volsal.attribution.tap import LayerError, find_layer, forward, plain, undisturbed
+from volsal.attribution.following import Trace
+from volsal.attribution.structure import bare
+from volsal.attribution.tap import Calls, forward, plain, trace_key, traces, undisturbed
 
-
-@dataclass(frozen=True)
-class Trace:
-    """Where a layer's cells lie; tuples run over the input's spatial axes and are empty where the trace is lost.
-
-    Attributes
-    ----------
-    cells : number of cells
-    stride : voxels from a cell to the next; negative where the layer sees the input flipped
-    offset : voxel coordinate of the centre of cell 0
-    spread : voxels by which branches that were joined lie off their mean, which offset and stride describe
-    axes : for each dimension of the output, the spatial axes that run along it: ((), (), (0,), (1,), (2,)) for
-        (B, C, D, H, W), ((), (0, 1, 2), ()) for tokens (B, D * H * W, C)
-    lost : the operation that could not be followed, or the reason why the cells are no grid; None where all is known
-    notes : what was left out of account
-    """
-
-    cells: tuple[int, ...] = ()
-    stride: tuple[float, ...] = ()
-    offset: tuple[float, ...] = ()
-    spread: tuple[float, ...] = ()
-    axes: tuple[tuple[int, ...], ...] = ()
-    lost: str | None = None
-    notes: tuple[str, ...] = ()
-
-    @property
-    def regular(self) -> bool:
-        """Whether the output is (B, C, *cells) with its axes in the input's order."""
-        return not self.lost and self.axes == ((), (), *((axis,) for axis in range(len(self.cells))))
+__all__ = ["Trace", "trace", "traced"]
 
 
 def trace(model: nn.Module, volume: Tensor, layers: Iterable[str]) -> dict[str, Trace]:
@@ -69,148 +36,25 @@ def trace(model: nn.Module, volume: Tensor, layers: Iterable[str]) -> dict[str, 
     Raises
     ------
     LayerError
-        For a layer that is missing, does not run exactly once, or does not return a tensor.
+        For a layer that is missing, does not run exactly once (``act#2`` is the second call of ``act``), or does not
+        return a tensor.
     ModelError
         Where the model cannot be run on this volume.
     """
-    modules = {layer: find_layer(model, layer) for layer in layers}
     found: dict[str, Trace] = {}
-    mode = _Tracing()
 
-    def watch(layer: str) -> Any:
-        def hook(module: nn.Module, args: tuple, output: Any) -> None:
-            if layer in found:
-                raise LayerError(
-                    f"layer {layer!r} runs more than once in one forward pass, so its cells have no single place"
-                )
-            if not isinstance(output, Tensor):
-                raise LayerError(
-                    f"layer {layer!r} returns a {type(output).__name__}, not a tensor; name a layer inside"
-                )
-            found[layer] = _trace_of(mode.fates.get(output), tuple(output.shape))
+    def see(layer: str, output: Tensor, trace: Trace) -> None:
+        found[layer] = trace
 
-        return hook
-
-    hooks: list[Any] = []
-    with undisturbed(model), torch.no_grad():
-        leaf = plain(volume)
-        mode.fates[leaf] = whole(leaf)
-        try:
-            for layer, module in modules.items():
-                hooks.append(module.register_forward_hook(watch(layer)))
-            with mode:
-                forward(model, leaf)
-        finally:
-            for handle in hooks:
-                handle.remove()
-    if missing := [layer for layer in modules if layer not in found]:
-        raise LayerError(f"layer {missing[0]!r} did not run in the forward pass; name one that does")
-    return {layer: found[layer] for layer in modules}
+    with undisturbed(model), torch.no_grad(), Calls(model, list(layers), see) as calls:
+        forward(model, plain(volume))
+        calls.require()
+        return {layer: found[layer] for layer in calls.layers}
 
 
-def _trace_of(fate: Fate, shape: tuple[int, ...]) -> Trace:
-    if fate is None:
-        return Trace(lost="the layer's output does not descend from the input's voxels")
-    if isinstance(fate, Lost):
-        return Trace(lost=fate.reason)
-    place = fate
-    for dim, runs in enumerate(place.dims):
-        if spatial(runs) and not spatial(runs[-1:]):
-            try:
-                place, _ = place.sole(dim)
-            except UntraceableError as error:
-                return Trace(lost=f"cells and channels share dimension {dim} of {shape} ({error})")
-    grid = sorted((run for runs in place.dims for run in runs if run.axis is not None), key=lambda run: run.axis or 0)
-    for axis in range(len(place.offset)):
-        if (number := sum(run.axis == axis for run in grid)) != 1:
-            return Trace(lost=f"spatial axis {axis} runs along {number or 'none'} of the dimensions {shape}")
-    return Trace(
-        tuple(run.count for run in grid),
-        tuple(run.step for run in grid),
-        place.offset,
-        place.spread,
-        tuple(tuple(run.axis for run in runs if run.axis is not None) for runs in place.dims),
-        notes=place.notes,
-    )
-
-
-class _Tracing(TorchDispatchMode):
-    """Follows places through every operator that runs.
-
-    Attributes
-    ----------
-    fates : the place, or the loss, of each living tensor that descends from the input
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fates = WeakTensorKeyDictionary()
-        self._parts = WeakTensorKeyDictionary()  # slice -> (of what, along which dimension, from where)
-        self._canvases = WeakTensorKeyDictionary()  # those that have their place from a part
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        inputs = [(t, self.fates.get(t)) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        size = tuple(inputs[0][0].shape) if inputs else ()
-        result = func(*args, **kwargs)
-        outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
-        name, rule = rule_of(func)
-        if outputs and inputs and (rule is slicing or any(fate for _, fate in inputs)):
-            schema = func._schema.arguments
-            given = {a.name: a.default_value for a in schema if a.has_default_value()}
-            given |= dict(zip([a.name for a in schema], args, strict=False)) | kwargs
-            call = Call(name, given, inputs, outputs, size)
-            self._follow(call, rule, str(func))
-        return result
-
-    def _follow(self, call: Call, rule: Rule | None, operator: str) -> None:
-        if any(fate for _, fate in call.inputs):
-            fates = outcome(call, rule, operator)
-            for output, fate in zip(call.outputs, fates, strict=True):
-                self._set(output, fate)
-            for tensor, before in call.inputs:
-                if any(tensor is output for output in call.outputs):
-                    self._overwritten(tensor, before, operator)
-        if rule is slicing and call.given["step"] == 1:
-            self._parts[call.outputs[0]] = (call.inputs[0][0], *cut(call))
-        if rule is copying:
-            self._write_back(call.outputs[0])
-
-    def _set(self, tensor: Tensor, fate: Fate) -> None:
-        if fate is None:
-            self.fates.pop(tensor, None)
-        else:
-            self.fates[tensor] = fate
-
-    def _overwritten(self, part: Tensor, before: Fate, operator: str) -> None:
-        """What shares memory with ``part`` is lost where the part was written to and no longer lies where it did.
-
-        A single row (``x[:, :, 0] = x[:, :, 1]``) goes unnoticed, and so do the parts of a canvas (see below).
-        """
-        after = self.fates.get(part)
-        if after is None or agree(part, before, after):
-            return
-        memory = part.untyped_storage().data_ptr()
-        known = [t for t, fate in self.fates.items() if t is not part and isinstance(fate, Place)]
-        sharing = [t for t in known if t.untyped_storage().data_ptr() == memory]
-        if any(t in self._canvases for t in sharing):
-            return
-        reason = f"{operator} writes in place into a part of a tensor what lies elsewhere than that part"
-        for tensor in sharing:
-            self.fates[tensor] = after if isinstance(after, Lost) else Lost(reason)
-
-    def _write_back(self, part: Tensor) -> None:
-        """An empty canvas has the place of the first thing that is copied into a part of it, as circular padding does.
-
-        What is copied into another part later, such as the far end of the volume, has no say.
-        """
-        while part in self._parts and isinstance(fate := self.fates.get(part), (Place, Lost)):
-            canvas, dim, start = self._parts[part]
-            if canvas in self.fates:
-                return
-            try:
-                self.fates[canvas] = fate.moved(dim, 1, -start, canvas.shape[dim]) if isinstance(fate, Place) else fate
-            except UntraceableError as error:
-                self.fates[canvas] = Lost(f"copying into a slice {error}")
-            self._canvases[canvas] = True
-            part = canvas
+def traced(model: nn.Module, volume: Tensor, layer: str) -> Trace:
+    """The :class:`Trace` of one layer, from an earlier pass where the model has had one on an input of this shape."""
+    known, key = traces.of(bare(model)), trace_key(layer, volume)
+    if key not in known:
+        trace(model, volume[:2], [layer])
+    return known[key]

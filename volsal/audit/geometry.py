@@ -21,11 +21,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from volsal.attribution import Alignment, AlignmentError, AlignmentRule, Context, default_layer, target_id
+from volsal.attribution import Alignment, AlignmentError, AlignmentRule, default_layer, target_id
 from volsal.attribution.alignment import HalfPixel, LayerMap, Nominal, centroid
 from volsal.attribution.tap import Tap, forward, plain, undisturbed
 from volsal.errors import VolsalError
-from volsal.explain import Explainer, cam_of, environment
+from volsal.explain import Explainer, cams_of, case_of, environment
 from volsal.grid import Grid
 from volsal.preprocess import ModelInput, PathFunction
 from volsal.resampling import resample
@@ -196,7 +196,7 @@ def check_geometry(explainer: Explainer, scan: Scan) -> GeometryReport:
     notes: list[str] = []
     for layer in _layers(explainer, before):
         stages += _layer_stages(explainer, layer, seen, before, notes)
-    placements = tuple(_placements(explainer, before))
+    placements = tuple(_placements(explainer, before, scan))
     provenance = {
         "scan": {"sha256": scan.sha256, "grid": repr(scan.grid)},
         "model_input": {"grid": repr(before.grid), "preprocess": repr(explainer.preprocess)},
@@ -312,15 +312,17 @@ def _with_spot(scan: Scan, spot: NDArray[np.float32], heights: Sequence[np.float
 
 def _layers(explainer: Explainer, before: ModelInput) -> list[str]:
     """The layers at which the explainer's methods take their maps, each once."""
-    cams = [cam for method in explainer.methods if (cam := cam_of(method))]
+    cams = cams_of(explainer.methods)
     volume = explainer.to_model(before.tensor)
     return list(dict.fromkeys(cam.layer or default_layer(explainer.model, volume) for cam in cams))
 
 
-def _placements(explainer: Explainer, before: ModelInput) -> Iterator[Placement]:
+def _placements(explainer: Explainer, before: ModelInput, scan: Scan) -> Iterator[Placement]:
     volume = explainer.to_model(before.tensor)
-    for cam in dict.fromkeys(cam for method in explainer.methods if (cam := cam_of(method))):
-        answer = cam.attribute(explainer.model, volume, explainer.targets, Context(explainer.align))
+    context = explainer.context(before.grid, case_of(scan), scan)
+    targets = explainer.targets_for(context)
+    for cam in cams_of(explainer.methods):
+        answer = cam.attribute(explainer.model, volume, targets, context)
         for target, alignment, cells in zip(explainer.targets, answer.alignments, answer.maps, strict=True):
             # At the middle of the cells: strides may differ, as where the input is no multiple of them.
             middle = (np.array(cells.shape[2:]) - 1) / 2

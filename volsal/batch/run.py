@@ -20,7 +20,8 @@ import torch
 
 from volsal.config import Config, ConfigError, FunctionSection
 from volsal.errors import VolsalError
-from volsal.explain import CASE_FILE, RESULT_VERSION, Explainer, environment
+from volsal.explain import PARTIAL, Explainer, Progress, environment
+from volsal.explanation import CASE_FILE, RESULT_VERSION, files_of
 from volsal.scans import ScanError, read_case
 from volsal.scans.find import FoundCase, find_cases
 from volsal.scans.scan import file_digest
@@ -87,12 +88,16 @@ class Run:
             ending = f" with a name that ends in {' or '.join(config.scans.channels)}" if config.scans.channels else ""
             raise ConfigError(f"{config.path}: scans.folder: no {wanted}{ending} below {source}")
 
-    def execute(self) -> Iterator[Outcome]:
+    def execute(self, progress: Progress | None = None) -> Iterator[Outcome]:
         """Explain every case; yield what became of each as it ends.
 
-        The model and every setting are checked before the first scan is touched.
+        The model and every setting are checked before the first scan is touched.  ``progress`` is told of the steps of
+        long methods; what these have of a case outlives a fault, until the case's result is saved.
         """
-        explainer = Explainer.from_config(self.config, self.methods, self.targets, self.alignment)
+        keep = self.folder / PARTIAL
+        explainer = Explainer.from_config(
+            self.config, self.methods, self.targets, self.alignment, progress=progress, keep=keep
+        )
         require_writable(self.folder)
         recipe = self._recipe(explainer)
         self._write_run(explainer)
@@ -105,14 +110,16 @@ class Run:
         try:
             if found.fault:
                 raise ScanError(f"{path}: {found.fault}")
-            key = _digest({**recipe, "scan": [file_digest(file) for file in found.paths]})
+            others = [file_digest(file) for file in explainer.files_for(case)]
+            key = _digest({**recipe, "scan": [file_digest(file) for file in found.paths], "others": others})
             record = self.record(case)
             if record and record["provenance"].get("key") == key and self._whole(case, record):
                 return Outcome(case, path, "kept", record=record)
             scan = read_case(found.paths, **self.scans.reading())
-            explanation = explainer(scan, case)
+            explanation = explainer(scan, case, **self.scans.reading())
             explanation = replace(explanation, provenance={**explanation.provenance, "key": key})
             explanation.save(self.folder)
+            explainer.forget(case)
         except WriteError:
             raise  # a disk that is full or gone fails every case alike: stop, and lose nothing that is done
         except Exception as error:  # noqa: BLE001 - the one place that outlives any error: the next scan still counts
@@ -132,7 +139,7 @@ class Run:
 
     def _whole(self, case: str, record: dict[str, Any]) -> bool:
         """Whether every map of the record is there, to the byte."""
-        files = {self.folder / case / entry["file"]: entry["sha256"] for entry in record["maps"]}
+        files = {self.folder / case / name: sum_ for name, sum_ in files_of(record).items()}
         return all(path.is_file() and sha256(path.read_bytes()).hexdigest() == sum_ for path, sum_ in files.items())
 
     def _recipe(self, explainer: Explainer) -> dict[str, Any]:
@@ -146,7 +153,9 @@ class Run:
             "weights": explainer.weights_sha256,
             "model": config.model.model_dump(exclude={"weights", "device"}),
             "preprocess": repr(config.preprocess),
-            "methods": [repr(method) for method in explainer.methods],
+            "methods": [explainer.names, [repr(method) for method in explainer.methods]],
+            "per_channel": config.per_channel,
+            "windows": config.windows.model_dump() if config.windows else None,
             "targets": [repr(target) for target in explainer.targets],
             "alignment": [self.alignment or config.alignment, repr(sorted(explainer.alignments.items(), key=repr))],
             "scans": self.scans.reading(),
@@ -161,7 +170,7 @@ class Run:
     def _write_run(self, explainer: Explainer) -> None:
         content = {
             "config": self.config.model_dump(mode="json"),
-            "methods": [method.id for method in explainer.methods],
+            "methods": explainer.names,
             "weights_sha256": explainer.weights_sha256,
             "cases": len(self.cases),
             **environment(),
@@ -194,7 +203,7 @@ def _rows(outcome: Outcome) -> Iterator[list[Any]]:
     label = predicted["class_name"] or ("" if predicted["class"] is None else predicted["class"])
     for entry in outcome.record["maps"]:
         yield [
-            outcome.case, outcome.status, "", label, entry["method"], entry["target"], entry["layer"] or "input",
+            outcome.case, outcome.status, "", label, entry["name"], entry["target"], entry["layer"] or "input",
             entry["status"], f"{entry['maximum']:.6g}", entry["unit"],
             *([f"{mm:.2f}" for mm in entry["peak_mm"]] if entry["peak_mm"] else [""] * 3),
             f"{outcome.case}/{entry['file']}",

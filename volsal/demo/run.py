@@ -13,7 +13,6 @@ import nibabel as nib
 import numpy as np
 import yaml
 
-from volsal.attribution import METHODS
 from volsal.batch import Outcome, Run
 from volsal.config import load_config
 from volsal.demo.cohort import write_cohort
@@ -23,6 +22,8 @@ from volsal.scans import read_scan
 from volsal.scans.write import replacing, require_writable
 
 Say = Callable[[str], None]
+# One gradient or activation map for each question; what needs a pass for every place would take minutes.
+METHODS = ("grad-cam", "hires-cam", "guided-backprop", "guided-grad-cam", "input-gradient")
 
 
 class DemoError(VolsalError, RuntimeError):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import gzip
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
 
@@ -142,6 +143,33 @@ def write_map(path: Path, values: NDArray[np.float32], header: Any) -> None:
         _verify(path, temporary, values, header)
 
 
+def write_parts(path: Path, parts: Iterable[NDArray[np.float32]], count: int, header: Any) -> None:
+    """Write ``count`` volumes (I, J, K) as one gzipped 4D NIfTI; one at a time is in memory.
+
+    ``header`` is that of a map of the same scan, as :func:`map_header` makes it.  What was written is read back and
+    compared; errors as for :func:`write_map`.
+    """
+    header = header.copy()
+    header.set_data_shape((*header.get_data_shape()[:3], count))
+    header["magic"], header["vox_offset"] = header.single_magic, header.single_vox_offset
+    written = sha256()
+    with replacing(path) as temporary:
+        with temporary.open("wb") as raw, gzip.GzipFile("", "wb", compresslevel=1, fileobj=raw, mtime=0) as file:
+            file.write(header.binaryblock.ljust(header.single_vox_offset, b"\0"))  # no extensions
+            for part in parts:
+                voxels = np.asarray(part, dtype=np.float32).tobytes(order="F")
+                written.update(voxels)
+                file.write(voxels)
+        read = sha256()
+        with gzip.open(temporary, "rb") as file:
+            _verify_header(path, type(header)(file.read(len(header.binaryblock)), check=False), header)
+            file.seek(header.single_vox_offset)
+            while chunk := file.read(1 << 24):
+                read.update(chunk)
+        if read.digest() != written.digest():
+            raise WriteError(f"{path}: the voxels read back are not the ones written; is the disk sound?")
+
+
 def _verify(path: Path, written: Path, values: NDArray[np.float32], header: Any) -> None:
     with gzip.open(written, "rb") as file:
         # As it stands: where the scan's header is odd (a pixdim of 0 beside a sound sform) nibabel would mend it.
@@ -150,11 +178,15 @@ def _verify(path: Path, written: Path, values: NDArray[np.float32], header: Any)
         with LoggingOutputSuppressor():
             image = cast(Any, nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image)
             back = np.asanyarray(image.from_stream(file).dataobj)
+    _verify_header(path, stored, header)
+    if not np.array_equal(back, values):
+        raise WriteError(f"{path}: the voxels read back are not the ones written; is the disk sound?")
+
+
+def _verify_header(path: Path, stored: Any, header: Any) -> None:
     for name in (*GEOMETRY_FIELDS, "pixdim", "dim", "cal_min", "cal_max"):
         if not np.array_equal(stored[name], header[name], equal_nan=name not in ("dim",)):
             raise MapError(
                 f"{path}: the map would not lie on the scan: {name} reads back as {stored[name]}, not {header[name]}; "
                 "nothing was written. Please report it with the scan's header"
             )
-    if not np.array_equal(back, values):
-        raise WriteError(f"{path}: the voxels read back are not the ones written; is the disk sound?")

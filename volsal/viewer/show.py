@@ -221,7 +221,7 @@ def _case_scan(folder: Path, said: Mapping[str, Any]) -> Scan:
 
 def _case_map(scan: Scan, folder: Path, entry: Mapping[str, Any]) -> ShownMap:
     low, high = entry["window"]
-    name = " · ".join(part for part in (entry["method"], entry["target"]) if part)
+    name = " · ".join(part for part in (entry.get("name", entry["method"]), entry["target"]) if part)
     values = _on_grid(scan, folder / entry["file"]).array
     return ShownMap(name, values, (float(low), float(high)), entry["unit"], bool(entry["signed"]))
 

@@ -1,0 +1,280 @@
+"""The contract holds on sound models, and each planted fault is found by the check that is meant to find it."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import assert_same_state, random_net, state
+from torch import nn
+from typer.testing import CliRunner
+
+from volsal import Explainer, IntegratedGradients
+from volsal.audit.contract import Check, check_model, difference
+from volsal.cli import app
+
+METHODS = ["grad-cam", "hires-cam", "guided-backprop", "guided-grad-cam", "integrated-gradients", "deep-lift"]
+
+
+@pytest.fixture
+def scan():
+    return torch.randn(1, 1, 9, 11, 10, generator=torch.Generator().manual_seed(3))
+
+
+class Net(nn.Module):
+    """conv -> norm -> ReLU -> conv -> [a place for faults] -> mean -> head."""
+
+    def __init__(self, middle=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv1 = nn.Conv3d(1, 4, 3, padding=1)
+        self.norm = nn.BatchNorm3d(4)
+        self.conv2 = nn.Conv3d(4, 4, 3, stride=2)
+        self.middle = middle or nn.Identity()
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.conv1(x)), inplace=True)
+        return self.head(self.middle(self.conv2(x)).flatten(2).mean(2))
+
+
+def verdicts(report, verdict):
+    return {(check.name, check.of) for check in report.checks if check.verdict == verdict}
+
+
+def failing(report):
+    return verdicts(report, "fails")
+
+
+def test_a_sound_model_keeps_every_promise_and_stays_as_it_was(scan):
+    net = random_net().train().float()
+    net[3].running_mean.normal_()
+    before, random = state(net), torch.get_rng_state()
+    report = check_model(Explainer(net, methods=METHODS, targets=["predicted-class", "class-2"]), scan)
+    assert failing(report) == set()
+    assert report.sound
+    assert_same_state(before, state(net))
+    assert torch.equal(random, torch.get_rng_state())
+    kept = verdicts(report, "ok")
+    assert {name for name, of in kept if of == "model"} == {
+        "finite weights",
+        "finite output",
+        "same output again",
+        "output the same alone and in a batch",
+        "unchanged by an inference",
+        "input gradient equals PyTorch's own",
+        "same input gradient from a folded copy",
+        "same input gradient from an exported program",
+    }
+    for method in METHODS:
+        assert ("same map alone and in a batch", method) in kept
+        assert ("same map from a folded copy", method) in kept
+    for method in ("integrated-gradients", "deep-lift"):
+        assert {("adds up to the score's change", method), ("sensitivity(a)", method)} <= kept
+    assert ("every activation reached", "guided-backprop") in kept
+    assert ("hires-cam adds up to the score", "layer 4") in kept
+
+
+@pytest.mark.parametrize("axes", [2, 3])
+def test_each_way_of_being_sound(axes, scan):
+    class Regression(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv = {2: nn.Conv2d, 3: nn.Conv3d}[axes](2, 3, 3).double()
+            self.head = nn.Linear(3, 1).double()
+
+        def forward(self, x):
+            return self.head(F.silu(self.conv(x)).flatten(2).mean(2)).tanh()
+
+    volume = torch.cat([scan, 2 * scan], 1)
+    report = check_model(
+        Explainer(Regression(), methods=["grad-cam", "input-gradient"], targets="regression"),
+        volume if axes == 3 else volume[..., 0],
+    )
+    assert report.sound, failing(report)
+    (bent,) = [check for check in report.checks if check.name == "hires-cam adds up to the score"]
+    assert bent.verdict == "does not apply"
+    assert "not linear" in bent.said
+
+
+def test_dropout_that_evaluation_mode_leaves_on(scan):
+    class Dropout(nn.Module):
+        def forward(self, x):
+            return F.dropout(x, 0.5, training=True)
+
+    report = check_model(Explainer(Net(Dropout()), methods="grad-cam", targets=1), scan)
+    assert {("same output again", "model"), ("same map again", "grad-cam")} <= failing(report)
+
+
+@pytest.mark.parametrize("kind", ["norm", "by hand"])
+def test_a_layer_that_mixes_the_batch(kind, scan):
+    class Mixing(nn.Module):
+        def forward(self, x):
+            return x - x.mean(0)
+
+    middle = nn.BatchNorm3d(4, track_running_stats=False) if kind == "norm" else Mixing()
+    net = Net(middle)
+    # The other volume of the batch moves the mean, which a head without a bias would show as well.
+    report = check_model(Explainer(net, methods="grad-cam", targets=1), scan)
+    assert {("output the same alone and in a batch", "model")} <= failing(report)
+    assert ("same output again", "model") in verdicts(report, "ok")
+
+
+def test_weights_that_are_not_finite(scan):
+    net = Net()
+    net.head.weight.data[0, 0] = torch.nan
+    report = check_model(Explainer(net, methods="grad-cam", targets=0), scan)
+    (check,) = [check for check in report.checks if check.name == "finite weights"]
+    assert (check.verdict, check.figure) == ("fails", 1)
+    assert check.said.endswith("head.weight")
+    assert {("finite output", "model"), ("gives a map", "grad-cam")} <= failing(report)
+    assert ("same output again", "model") in failing(report)  # NaN is equal to nothing
+
+
+class Hidden(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.clamp(min=0)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return grad * (x > 0)
+
+
+class Custom(nn.Module):
+    def forward(self, x):
+        return Hidden.apply(x)
+
+
+def test_an_activation_that_hides_from_the_rule(scan):
+    report = check_model(Explainer(Net(Custom()), methods=["guided-backprop", "grad-cam"], targets=1), scan)
+    assert failing(report) == {("every activation reached", "guided-backprop")}
+    (check,) = [check for check in report.checks if check.verdict == "fails"]
+    assert "HiddenBackward" in check.said
+
+
+def test_a_backward_pass_that_is_not_the_forward_passs(scan):
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad
+
+    class Layer(nn.Module):
+        def forward(self, x):
+            return Wrong.apply(x)
+
+    method = IntegratedGradients(steps=4, max_steps=4)
+    report = check_model(Explainer(Net(Layer()), methods=method, targets=1), scan)
+    assert ("adds up to the score's change", "integrated-gradients") in failing(report)
+
+
+def test_a_head_whose_gradient_is_not_its_own(scan):
+    class Detached(Net):
+        def forward(self, x):
+            x = self.middle(self.conv2(F.relu(self.norm(self.conv1(x))))).flatten(2).mean(2)
+            return self.head(x) + x.detach().sum(1, keepdim=True)
+
+    report = check_model(Explainer(Detached(), methods="hires-cam", targets=1), scan)
+    assert failing(report) == {("hires-cam adds up to the score", "layer conv2")}
+
+
+def test_a_model_that_writes_into_its_buffers(scan):
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("runs", torch.zeros(()))
+
+        def forward(self, x):
+            self.runs += 1
+            return x
+
+    report = check_model(Explainer(Net(Counting()), methods="grad-cam", targets=1), scan)
+    assert failing(report) == {("unchanged by an inference", "model"), ("model unchanged", "grad-cam")}
+    (check,) = [check for check in report.checks if check.name == "model unchanged"]
+    assert check.said == "things that changed: buffer middle.runs"
+
+
+def test_a_model_that_cannot_be_copied_or_exported_is_told_so_and_passes(scan):
+    class Awkward(nn.Module):
+        def forward(self, x):
+            self.last = x  # a tensor that is no leaf: what deepcopy refuses
+            return x * float(x.detach().abs().max() > 0)
+
+    report = check_model(Explainer(Net(Awkward()), methods="input-gradient", targets=1), scan)
+    assert report.sound, failing(report)
+    left = verdicts(report, "does not apply")
+    assert ("same input gradient from an exported program", "model") in left
+
+
+def test_the_report_as_a_file(scan, tmp_path):
+    net = Net()
+    net.head.bias.data[:] = torch.inf
+    report = check_model(Explainer(net, methods="grad-cam", targets=0), scan)
+    report.write(tmp_path / "contract.json")
+    content = json.loads((tmp_path / "contract.json").read_text())
+    assert content["model_input"]["shape"] == [1, 1, 9, 11, 10]
+    assert {"name", "of", "verdict", "figure", "tolerance", "said"} == set(content["checks"][0])
+    assert Check("a", "b", "fails", float("nan"), 0, "").describe()["figure"] == "nan"
+
+
+def test_difference():
+    one, two = torch.ones(2, 2), torch.full((2, 2), 1.1)
+    assert difference([two], [one]) == pytest.approx(0.1)
+    assert difference([one, two], [one, one]) == pytest.approx(0.1)
+    assert difference([0 * one], [0 * one]) == 0
+    assert difference([one], [0 * one]) == float("inf")
+    assert difference([one * torch.nan], [one]) != difference([one * torch.nan], [one])
+
+
+@pytest.fixture
+def config(tmp_path):
+    (tmp_path / "net.py").write_text(
+        "import torch\n"
+        "from torch import nn\n"
+        "class Drop(nn.Module):\n"
+        "    def forward(self, x):\n"
+        "        return nn.functional.dropout(x, 0.5, training=True)\n"
+        "def build(extra=None):\n"
+        "    torch.manual_seed(0)\n"
+        "    layers = [nn.Conv3d(1, 3, 3), nn.ReLU(), *([Drop()] if extra else [])]\n"
+        "    return nn.Sequential(*layers, nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(3, 2))\n"
+    )
+
+    def write(**arguments):
+        path = tmp_path / "c.yaml"
+        path.write_text(f"model: {{factory: 'net.py:build', arguments: {json.dumps(arguments)}}}\ntargets: [class-1]\n")
+        return str(path)
+
+    return write
+
+
+def test_the_command_prints_a_table_and_ends_with_0_where_all_holds(config, tmp_path):
+    result = CliRunner().invoke(
+        app, ["check-model", config(), "--shape", "1,8,9,10", "-m", "hires-cam", "--json", str(tmp_path / "o.json")]
+    )
+    assert result.exit_code == 0, result.output
+    assert "Sequential on random numbers, input (1, 1, 8, 9, 10)" in result.output
+    assert "hires-cam adds up to the score" in result.output
+    assert "none failed" in result.output
+    assert len(json.loads((tmp_path / "o.json").read_text())["checks"]) > 10
+
+
+def test_the_command_on_a_scan(config, scan_file):
+    result = CliRunner().invoke(app, ["check-model", config(), str(scan_file(shape=(10, 9, 8)))])
+    assert result.exit_code == 0, result.output
+    assert "scan.nii.gz" in result.output
+
+
+def test_the_command_ends_with_1_where_something_fails_and_with_2_where_it_has_nothing_to_run_on(config):
+    broken = CliRunner().invoke(app, ["check-model", config(extra=True), "--shape", "1,8,9,10"])
+    assert broken.exit_code == 1
+    assert "checks fail; see the table" in broken.stderr
+    nothing = CliRunner().invoke(app, ["check-model", config()])
+    assert (nothing.exit_code, "or give --shape" in nothing.stderr) == (2, True)
