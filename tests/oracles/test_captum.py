@@ -35,12 +35,12 @@ def build(name, dtype=torch.float32):
     torch.manual_seed(3)
     model = ARCHITECTURES[name][0]().to(dtype)
     with torch.no_grad():  # normalisation statistics of a net that has seen data
-        model.train()(torch.randn(4, 1, 48, 48, 48, dtype=dtype))
+        model.train()(torch.randn(2, 1, 32, 32, 32, dtype=dtype))
     return model.eval()
 
 
 def volumes(batch, dtype=torch.float32):
-    return torch.randn(batch, 1, 40, 48, 56, dtype=dtype, generator=torch.Generator().manual_seed(5))
+    return torch.randn(batch, 1, 32, 40, 48, dtype=dtype, generator=torch.Generator().manual_seed(5))
 
 
 @pytest.mark.slow
