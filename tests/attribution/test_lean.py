@@ -163,7 +163,7 @@ def test_the_cells_of_any_window_are_found_again_by_their_number(axes):
 
 
 def test_max_pooling_with_indices_or_a_huge_window_is_stock():
-    assert_as_stock(lambda x: F.max_pool3d(x, 7), values(1, 2, 8, 9, 10))
+    assert_as_stock(lambda x: F.max_pool3d(x, 7, 1), values(1, 2, 8, 9, 10))
     pooled = lambda x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2)  # noqa: E731
     assert_as_stock(pooled, values(1, 2, 8, 10))
 
