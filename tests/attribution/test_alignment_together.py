@@ -1,5 +1,7 @@
 """Maps that are placed together are placed as one by one, from a single forward pass."""
 
+import math
+
 import pytest
 import torch
 from nets import random_net
@@ -8,7 +10,7 @@ from torch.testing import assert_close
 
 from volsal import ClassLogit, GradCAM, HiResCAM
 from volsal.attribution import Context, attribute
-from volsal.attribution.alignment import ALIGNMENTS, AlignmentError, Collector, Measured
+from volsal.attribution.alignment import ALIGNMENTS, AlignmentError, Collector, Measured, _smoothed
 
 
 def net_and_volume(batch=1):
@@ -108,3 +110,22 @@ def test_what_is_collected_of_many_maps_is_what_single_ones_give():
         apart(net, volume, one)
     assert together.pooled() == apart.pooled()
     assert len(together.pooled()) == len(maps)
+
+
+@pytest.mark.parametrize("sigmas", [(0.1, 1.0, 2.5), (4.0, 0.5, 30.0)])
+def test_evidence_is_smoothed_by_a_gaussian_cut_at_three_widths_with_nothing_beyond_the_edges(sigmas):
+    generator = torch.Generator().manual_seed(6)
+    values = torch.randn(5, 8, 13, generator=generator, dtype=torch.float64)
+    expected = values
+    for axis, sigma in enumerate(sigmas):
+        reach = int(3 * sigma + 0.5)
+        weights = {step: math.exp(-0.5 * (step / sigma) ** 2) for step in range(-reach, reach + 1)}
+        lines = expected.movedim(axis, 0)
+        total = sum(weights.values())
+        expected = torch.stack(
+            [
+                sum(w / total * lines[i + step] for step, w in weights.items() if 0 <= i + step < len(lines))
+                for i in range(len(lines))
+            ]
+        ).movedim(0, axis)
+    assert_close(_smoothed(values, sigmas), expected, rtol=1e-6, atol=1e-9)

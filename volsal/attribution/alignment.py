@@ -20,7 +20,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
@@ -451,10 +450,12 @@ def _smoothed(values: Tensor, sigmas: Sequence[float]) -> Tensor:
     for axis, sigma in enumerate(sigmas):
         reach = int(3 * sigma + 0.5)
         if reach:
-            kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1).to(values) / sigma) ** 2)
-            lines = values.movedim(axis, -1)
-            flat = F.conv1d(lines.reshape(-1, 1, lines.shape[-1]), (kernel / kernel.sum())[None, None], padding=reach)
-            values = flat.reshape(lines.shape).movedim(-1, axis)
+            at = torch.arange(max(values.shape[axis], reach + 1)).to(values)
+            kernel = torch.exp(-0.5 * (at / sigma) ** 2) * (at <= reach)
+            apart = (at[:, None] - at).abs().long()[: values.shape[axis], : values.shape[axis]]
+            # A product of matrices: a convolution in double precision would lay out a copy of the scan for each tap.
+            across = kernel[apart] / (2 * kernel.sum() - kernel[0])
+            values = (values.movedim(axis, -1) @ across).movedim(-1, axis)
     return values
 
 
