@@ -12,7 +12,7 @@ import pytest
 
 from volsal import ClassLogit, ClassMargin, Explainer, GradCAM, HiResCAM, load_model
 from volsal.attribution import ALIGNMENTS, Context
-from volsal.attribution.alignment import centroid
+from volsal.attribution.alignment.alignment import centroid
 from volsal.preprocess import as_preprocess
 
 

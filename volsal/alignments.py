@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from volsal.attribution.alignment import Alignment, AlignmentError
+from volsal.attribution.alignment.alignment import Alignment, AlignmentError
 from volsal.scans.write import replacing
 
 FORMAT = 1

@@ -36,15 +36,15 @@ from volsal.attribution import (
     parse_target,
     target_id,
 )
-from volsal.attribution.alignment import Collector, LayerMap, Measured
-from volsal.attribution.cam import CAM
+from volsal.attribution.alignment.alignment import Collector, LayerMap, Measured
+from volsal.attribution.cams.cam import CAM
 from volsal.attribution.inputs import Given
 from volsal.attribution.method import PLAIN, bases, scores_of
-from volsal.attribution.perturbation import forget
+from volsal.attribution.perturbation.perturbation import forget
 from volsal.attribution.tap import forward, plain, undisturbed
-from volsal.attribution.targets import distinct, facts, placed, told
-from volsal.attribution.windowed import Windowed
-from volsal.attribution.windows import volumes_of
+from volsal.attribution.targets.target import distinct, facts, placed, told
+from volsal.attribution.windows.windowed import Windowed
+from volsal.attribution.windows.windows import volumes_of
 from volsal.choices import SettingsError, as_method, configured_methods, method_names
 from volsal.config import Config, ConfigError, FunctionSection
 from volsal.errors import VolsalError, nearest

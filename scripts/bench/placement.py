@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from volsal.attribution import ClassLogit, Context, GradCAM, HiResCAM, Method
-from volsal.attribution.alignment import AlignmentRule, FlipAverage, HalfPixel, Measured, Nominal, centroid
-from volsal.attribution.cam import CAM
+from volsal.attribution.alignment.alignment import AlignmentRule, FlipAverage, HalfPixel, Measured, Nominal, centroid
+from volsal.attribution.cams.cam import CAM
 
 warnings.filterwarnings("ignore", category=FutureWarning)
 SIZE = 64

@@ -10,7 +10,7 @@ import volsal
 from volsal import ClassLogit, GradCAM, GuidedGradCAM, HiResCAM, PredictedClass
 from volsal.alignments import Alignments, Key, beside
 from volsal.attribution import ALIGNMENTS, AlignmentError, Context
-from volsal.attribution.alignment import (
+from volsal.attribution.alignment.alignment import (
     Alignment,
     Collector,
     FlipAverage,
@@ -65,7 +65,7 @@ def test_half_pixel_is_what_interpolation_does():
 
 
 def _map(values):
-    from volsal.attribution.alignment import LayerMap
+    from volsal.attribution.alignment.alignment import LayerMap
 
     return LayerMap("any", "features", "class-0", values, values, values, lambda a, g: a)
 

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from volsal import ClassLogit, GradCAM, HiResCAM
 from volsal.attribution import Context, attribute
-from volsal.attribution.alignment import ALIGNMENTS, AlignmentError, Collector, Measured, _smoothed
+from volsal.attribution.alignment.alignment import ALIGNMENTS, AlignmentError, Collector, Measured, _smoothed
 
 
 def net_and_volume(batch=1):

@@ -15,7 +15,7 @@ from zoo import EVERY, FAMILIES, Checkpointed, Functional, Slices, Twice
 
 from volsal import ClassLogit, GradCAM, GuidedBackprop, GuidedGradCAM, HiResCAM, InputGradient, list_layers
 from volsal.attribution import Context, LayerError, ModelError, default_layer
-from volsal.attribution.alignment import Measured, Nominal
+from volsal.attribution.alignment.alignment import Measured, Nominal
 from volsal.attribution.tap import Tap, find_layer, forward, gradients, plain, undisturbed
 
 SLOW = {"UNETR", "Swin UNETR", "SegResNet"}

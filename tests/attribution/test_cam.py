@@ -22,7 +22,7 @@ from volsal import (
     XGradCAM,
 )
 from volsal.attribution import LayerError, ModelError, attribute
-from volsal.attribution.alignment import FlipAverage, Measured
+from volsal.attribution.alignment.alignment import FlipAverage, Measured
 from volsal.attribution.method import Context
 from volsal.attribution.settings import SettingError
 

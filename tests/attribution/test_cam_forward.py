@@ -8,7 +8,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from volsal import AblationCAM, ClassLogit, ClassMargin, PredictedClass, ScoreCAM
-from volsal.attribution.alignment import FlipAverage, Measured, Nominal
+from volsal.attribution.alignment.alignment import FlipAverage, Measured, Nominal
 from volsal.attribution.method import Context
 from volsal.attribution.settings import SettingError
 

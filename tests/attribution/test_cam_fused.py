@@ -5,7 +5,7 @@ from torch.testing import assert_close
 
 from volsal import ClassLogit, FusedCAM, GradCAM, HiResCAM, LayerCAM
 from volsal.attribution import CAMS, LayerError, attribute
-from volsal.attribution.alignment import Nominal
+from volsal.attribution.alignment.alignment import Nominal
 from volsal.attribution.method import Context
 from volsal.attribution.settings import SettingError
 

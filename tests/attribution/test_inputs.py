@@ -5,7 +5,7 @@ from torch import nn
 
 from volsal import ClassLogit, Explainer
 from volsal.attribution import Context, GradCAM, GuidedGradCAM, HiResCAM, InputGradient, ModelError, default_layer
-from volsal.attribution.alignment import Measured, Nominal
+from volsal.attribution.alignment.alignment import Measured, Nominal
 from volsal.attribution.inputs import Given, InputsError
 from volsal.attribution.tap import undisturbed
 

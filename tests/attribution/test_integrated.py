@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from volsal import ClassLogit, ExpectedGradients, Grid, InputGradient, IntegratedGradients, PredictedClass
 from volsal.attribution import BaselineError, Context, SettingError
-from volsal.attribution.baselines import baseline_of
+from volsal.attribution.gradients.baselines import baseline_of
 
 
 class Scored(nn.Module):

@@ -13,9 +13,10 @@ from torch.profiler import ProfilerActivity, profile
 from torch.testing import assert_close
 
 from volsal import ClassLogit, GuidedBackprop, InputGradient
-from volsal.attribution import CoverageError, lean
-from volsal.attribution import gradient as gradient_module
-from volsal.attribution.lean import Lean
+from volsal.attribution import CoverageError
+from volsal.attribution.gradients import gradient as gradient_module
+from volsal.attribution.gradients import lean
+from volsal.attribution.gradients.lean import Lean
 from volsal.attribution.tap import ModelError, undisturbed
 
 WIDE = torch.float64

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from volsal import RISE, ClassLogit, Occlusion, PredictedClass, RegionAblation
 from volsal.attribution import Context, SettingError
-from volsal.attribution.perturbation import blurred, digest_bytes
+from volsal.attribution.perturbation.perturbation import blurred, digest_bytes
 from volsal.grid import Grid
 
 LABELS = torch.zeros(SHAPE, dtype=torch.int64)

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from volsal import ClassLogit, RegionAblation
 from volsal.attribution import Context, SettingError
-from volsal.attribution.perturbation import blurred
+from volsal.attribution.perturbation.perturbation import blurred
 from volsal.grid import Grid
 
 

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from volsal import RISE, ClassLogit
 from volsal.attribution import Context
-from volsal.attribution.rise import _Masks, reached_by_noise
+from volsal.attribution.perturbation.rise import _Masks, reached_by_noise
 
 
 def linear(weight):

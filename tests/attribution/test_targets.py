@@ -16,7 +16,7 @@ from volsal.attribution import (
     parse_target,
     target_id,
 )
-from volsal.attribution.targets import distinct, fixed, placed, score
+from volsal.attribution.targets.target import distinct, fixed, placed, score
 
 LOGITS = torch.tensor([[1.0, 5.0, 2.0], [7.0, 0.0, 3.0]])
 

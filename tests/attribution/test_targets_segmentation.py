@@ -22,8 +22,8 @@ from volsal.attribution import (
     parse_target,
     target_id,
 )
-from volsal.attribution.segmentation_targets import components
-from volsal.attribution.targets import facts, fixed, placed, score
+from volsal.attribution.targets.segmentation import components
+from volsal.attribution.targets.target import facts, fixed, placed, score
 from volsal.grid import Grid
 
 SIZE = (6, 7, 8)

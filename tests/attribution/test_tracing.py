@@ -16,7 +16,7 @@ from nets import assert_same_state, random_net, state
 from torch import nn
 
 from volsal.attribution import LayerError, ModelError
-from volsal.attribution.tracing import Trace, trace
+from volsal.attribution.alignment.tracing import Trace, trace
 
 VOLUME = torch.rand(2, 1, 32, 24, 40)
 

@@ -30,15 +30,15 @@ from volsal.attribution import (
     Windows,
     explain_windows,
 )
-from volsal.attribution.alignment import FlipAverage, HalfPixel, Measured, Nominal
-from volsal.attribution.deep_lift import DeepLIFT
-from volsal.attribution.gradient import GradientTimesInput
-from volsal.attribution.guided import Deconvnet
-from volsal.attribution.integrated import IntegratedGradients
-from volsal.attribution.occlusion import Occlusion
-from volsal.attribution.smooth import SmoothGrad
-from volsal.attribution.windowed import Windowed
-from volsal.attribution.windows import WindowsError
+from volsal.attribution.alignment.alignment import FlipAverage, HalfPixel, Measured, Nominal
+from volsal.attribution.gradients.deep_lift import DeepLIFT
+from volsal.attribution.gradients.gradient import GradientTimesInput
+from volsal.attribution.gradients.guided import Deconvnet
+from volsal.attribution.gradients.integrated import IntegratedGradients
+from volsal.attribution.gradients.smooth import SmoothGrad
+from volsal.attribution.perturbation.occlusion import Occlusion
+from volsal.attribution.windows.windowed import Windowed
+from volsal.attribution.windows.windows import WindowsError
 from volsal.config import ConfigError, load_config
 
 

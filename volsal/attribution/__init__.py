@@ -5,38 +5,42 @@ its family's file and a line here.
 
 What is where:
 
-===================  ==============================================================================================
-methods              ``method`` (what all share), ``cam*`` with ``heads``, ``gradient``, ``guided``, ``smooth``,
-                     ``integrated`` and ``deep_lift`` with ``baselines``, ``perturbation`` with ``occlusion``,
-                     ``rise`` and ``regions``; ``settings``
-the score            ``targets``, ``segmentation_targets``, ``similarity``, ``output_parts``; ``target_forms`` (text)
-inside the model     ``tap`` (run it, cut it, differentiate), ``structure``, ``layers``, ``tokens``, ``inputs``
-the backward pass    ``rules``, ``rescale``, ``lean``; ``spellings``
-a layer's cells      ``alignment``; ``tracing``, ``following``, ``places``, ``operators``
-window by window     ``windows``, ``stitching``, ``windowed``
-===================  ==============================================================================================
+=================  =================================================================================================
+``method``         what all methods share; ``settings`` of them
+``cams``           class activation maps: cells of a layer, weighted
+``gradients``      gradients by the input: plain, by rules, averaged, along paths
+``perturbation``   what the score loses when parts of the scan are changed
+``targets``        the score that is explained, and how it is spelt in text
+``tap``            run a model, cut it, differentiate; beside it ``structure``, ``layers``, ``tokens``, ``inputs``
+``alignment``      where a layer's cells lie on the model's input
+``windows``        a model applied window by window
+=================  =================================================================================================
 """
 
-from volsal.attribution.alignment import ALIGNMENTS, Alignment, AlignmentError, AlignmentRule
-from volsal.attribution.baselines import BaselineError
-from volsal.attribution.cam import GradCAM, GradCAMPlusPlus, HiResCAM, LayerCAM, RespondCAM, XGradCAM
-from volsal.attribution.cam_eigen import EigenCAM, EigenGradCAM
-from volsal.attribution.cam_forward import AblationCAM, ScoreCAM
-from volsal.attribution.cam_fused import CAMS, FusedCAM
-from volsal.attribution.cam_linear import LinearCAM
-from volsal.attribution.deep_lift import DeepLIFT
-from volsal.attribution.gradient import GradientTimesInput, InputGradient
-from volsal.attribution.guided import Deconvnet, GuidedBackprop, GuidedGradCAM
+from volsal.attribution.alignment.alignment import ALIGNMENTS, Alignment, AlignmentError, AlignmentRule
+from volsal.attribution.cams.cam import GradCAM, GradCAMPlusPlus, HiResCAM, LayerCAM, RespondCAM, XGradCAM
+from volsal.attribution.cams.eigen import EigenCAM, EigenGradCAM
+from volsal.attribution.cams.forward import AblationCAM, ScoreCAM
+from volsal.attribution.cams.fused import CAMS, FusedCAM
+from volsal.attribution.cams.linear import LinearCAM
+from volsal.attribution.gradients.baselines import BaselineError
+from volsal.attribution.gradients.deep_lift import DeepLIFT
+from volsal.attribution.gradients.gradient import GradientTimesInput, InputGradient
+from volsal.attribution.gradients.guided import Deconvnet, GuidedBackprop, GuidedGradCAM
+from volsal.attribution.gradients.integrated import ExpectedGradients, IntegratedGradients
+from volsal.attribution.gradients.rules import CoverageError
+from volsal.attribution.gradients.smooth import SmoothGrad, SmoothGradSquared, VarGrad
 from volsal.attribution.inputs import Given, InputsError
-from volsal.attribution.integrated import ExpectedGradients, IntegratedGradients
 from volsal.attribution.layers import Layer, default_layer, list_layers
 from volsal.attribution.method import Attribution, Context, Method, attribute
-from volsal.attribution.occlusion import Occlusion
-from volsal.attribution.output_parts import Within
-from volsal.attribution.regions import RegionAblation
-from volsal.attribution.rise import RISE
-from volsal.attribution.rules import CoverageError
-from volsal.attribution.segmentation_targets import (
+from volsal.attribution.perturbation.occlusion import Occlusion
+from volsal.attribution.perturbation.regions import RegionAblation
+from volsal.attribution.perturbation.rise import RISE
+from volsal.attribution.settings import SettingError
+from volsal.attribution.tap import LayerError, ModelError
+from volsal.attribution.targets.forms import parse_target
+from volsal.attribution.targets.parts import Within
+from volsal.attribution.targets.segmentation import (
     Component,
     ComponentAt,
     Labels,
@@ -47,12 +51,8 @@ from volsal.attribution.segmentation_targets import (
     Segment,
     Voxel,
 )
-from volsal.attribution.settings import SettingError
-from volsal.attribution.similarity import CosineSimilarity
-from volsal.attribution.smooth import SmoothGrad, SmoothGradSquared, VarGrad
-from volsal.attribution.tap import LayerError, ModelError
-from volsal.attribution.target_forms import parse_target
-from volsal.attribution.targets import (
+from volsal.attribution.targets.similarity import CosineSimilarity
+from volsal.attribution.targets.target import (
     ClassLogit,
     ClassMargin,
     Named,
@@ -63,8 +63,8 @@ from volsal.attribution.targets import (
     TargetError,
     target_id,
 )
-from volsal.attribution.windowed import explain_windows
-from volsal.attribution.windows import Windows
+from volsal.attribution.windows.windowed import explain_windows
+from volsal.attribution.windows.windows import Windows
 
 _ALL: tuple[type[Method], ...] = (
     *CAMS.values(), FusedCAM, GuidedBackprop, GuidedGradCAM, Deconvnet, InputGradient, GradientTimesInput,

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from volsal.attribution.method import scores_of
 from volsal.attribution.tap import ModelError, copied_on_write, forward, plain, undisturbed
-from volsal.attribution.targets import Target, tiled
+from volsal.attribution.targets.target import Target, tiled
 from volsal.errors import VolsalError
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
-from volsal.attribution.following import Following, Trace, trace_of
+from volsal.attribution.alignment.following import Following, Trace, trace_of
 from volsal.attribution.structure import Memory, bare
 from volsal.attribution.tap import (
     LayerError,

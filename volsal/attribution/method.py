@@ -11,11 +11,11 @@ from typing import Any, ClassVar, overload
 import torch
 from torch import Tensor, nn
 
-from volsal.attribution.alignment import Alignment, AlignmentRule, HalfPixel
+from volsal.attribution.alignment.alignment import Alignment, AlignmentRule, HalfPixel
 from volsal.attribution.structure import bare
 from volsal.attribution.tap import precise
-from volsal.attribution.targets import Target
-from volsal.attribution.targets import score as score_of
+from volsal.attribution.targets.target import Target
+from volsal.attribution.targets.target import score as score_of
 from volsal.grid import Grid
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 
-from volsal.attribution.following import Following, Trace, trace_of
+from volsal.attribution.alignment.following import Following, Trace, trace_of
 from volsal.attribution.structure import Memory, address, bare, unwrapped
 from volsal.errors import VolsalError, nearest
 

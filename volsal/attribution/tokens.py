@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from volsal.attribution.places import BATCH, Place, Row, Run, Runs, UntraceableError
+from volsal.attribution.alignment.places import BATCH, Place, Row, Run, Runs, UntraceableError
 
 
 @dataclass(frozen=True)

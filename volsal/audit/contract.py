@@ -38,14 +38,14 @@ from volsal.attribution import (
     attribute,
     default_layer,
 )
-from volsal.attribution.alignment import HalfPixel
-from volsal.attribution.cam import CAM
-from volsal.attribution.following import Trace
-from volsal.attribution.integrated import completeness
+from volsal.attribution.alignment.alignment import HalfPixel
+from volsal.attribution.alignment.following import Trace
+from volsal.attribution.cams.cam import CAM
+from volsal.attribution.gradients.integrated import completeness
 from volsal.attribution.method import bases, scores_of
 from volsal.attribution.structure import bare
 from volsal.attribution.tap import Calls, forward, plain, undisturbed
-from volsal.attribution.targets import fixed
+from volsal.attribution.targets.target import fixed
 from volsal.errors import VolsalError
 from volsal.explain import Explainer, case_of, environment
 from volsal.models.fast import fast, fast_copy

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from volsal.attribution import Alignment, AlignmentError, AlignmentRule, default_layer, target_id
-from volsal.attribution.alignment import HalfPixel, LayerMap, Nominal, centroid
+from volsal.attribution.alignment.alignment import HalfPixel, LayerMap, Nominal, centroid
 from volsal.attribution.tap import Tap, forward, plain, undisturbed
 from volsal.errors import VolsalError
 from volsal.explain import Explainer, cams_of, case_of, environment

@@ -1,0 +1,1 @@
+"""What the score loses when parts of the scan are changed: boxes, random masks, labelled regions."""
