@@ -9,7 +9,17 @@ from torch import nn
 import volsal
 from volsal import ClassLogit, GradCAM, GuidedGradCAM, HiResCAM, PredictedClass
 from volsal.alignments import Alignments, Key, beside
-from volsal.attribution import ALIGNMENTS, AlignmentError, Context
+from volsal.attribution import (
+    ALIGNMENTS,
+    AlignmentError,
+    Component,
+    Context,
+    Mask,
+    Region,
+    Segment,
+    Voxel,
+    Within,
+)
 from volsal.attribution.alignment.alignment import (
     Alignment,
     Collector,
@@ -129,6 +139,43 @@ def test_flip_average_explains_the_class_that_was_predicted_unflipped():
     predicted = GradCAM("features").attribute(model, x, [PredictedClass()], Context(FlipAverage())).maps[0]
     first = GradCAM("features").attribute(model, x, [ClassLogit(0)], Context(FlipAverage())).maps[0]
     torch.testing.assert_close(predicted, first)
+
+
+class Mirrorable(nn.Module):
+    """Segments a mirrored volume as the mirror image of the volume."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.conv, self.head = nn.Conv3d(1, 4, 3, padding=1).double(), nn.Conv3d(4, 3, 3, padding=1).double()
+        for layer in (self.conv, self.head):
+            layer.weight.data = (layer.weight + layer.weight.flip(2, 3, 4)).data / 2
+
+    def forward(self, x):
+        return self.head(self.conv(x).relu())
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        Segment(1),
+        Segment(1, Component()),
+        Segment(2, Voxel((1, 5, 2))),
+        Segment(0, Mask(torch.arange(6 * 7 * 8).reshape(6, 7, 8) < 100)),
+        lambda logits: logits[:, 1, 1, 5, 2] ** 2,
+        Within("seg", Region(1)),
+    ],
+)
+def test_flip_average_asks_the_mirrored_volume_about_the_same_voxels(target):
+    class Named(Mirrorable):
+        def forward(self, x):
+            return {"seg": super().forward(x)} if isinstance(target, Within) else super().forward(x)
+
+    volume = torch.randn(2, 1, 6, 7, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    for method in (GradCAM("conv"), HiResCAM("conv")):
+        once = method.attribute(Named(), volume, [target], Context(HalfPixel())).maps[0]
+        assert float(once.abs().max()) > 0
+        torch.testing.assert_close(method.attribute(Named(), volume, [target], Context(FlipAverage())).maps[0], once)
 
 
 def test_an_empty_map_keeps_the_start():

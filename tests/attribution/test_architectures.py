@@ -444,6 +444,8 @@ def test_a_replaced_layer_is_noticed():
     assert place().alignments[0].stride == (2, 2, 2)
     model[2] = nn.Conv3d(4, 5, 3, stride=3)
     assert place().alignments[0].stride == (3, 3, 3)
+    model[2].stride = (4, 4, 4)
+    assert place().alignments[0].stride == (4, 4, 4)
     model[2] = nn.Conv3d(4, 5, 9, stride=16, padding=4)  # a single cell
     assert default_layer(model, volume) == "1"
 
@@ -508,5 +510,6 @@ def cells_of_the_matrix():
 @pytest.mark.parametrize("method", METHODS)
 def test_the_contract_holds_or_is_refused(method, family, precision):
     of = EVERY[family]
-    refusal = zoo.contract(zoo.method_of(method, of.shape), of, precision, 3)
+    # What mixes volumes shows between two; a third of the largest ones costs seconds, and is the script's.
+    refusal = zoo.contract(zoo.method_of(method, of.shape), of, precision, 2 if family in SLOW else 3)
     assert re.search(REFUSED.get((method, family), "^$"), refusal), refusal

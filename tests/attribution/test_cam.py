@@ -14,11 +14,13 @@ from volsal import (
     EigenGradCAM,
     GradCAM,
     GradCAMPlusPlus,
+    GuidedGradCAM,
     HiResCAM,
     LayerCAM,
     LinearCAM,
     PredictedClass,
     RespondCAM,
+    ScoreCAM,
     XGradCAM,
 )
 from volsal.attribution import LayerError, ModelError, attribute
@@ -261,6 +263,13 @@ def test_the_parts_are_those_channels_that_contribute_most_the_largest_first(vol
 def test_refuses_a_number_of_features_that_is_none(features):
     with pytest.raises(SettingError, match="features is a number of channels from 1, or all"):
         GradCAM(features=features)
+
+
+@pytest.mark.parametrize("method", [GradCAM, GuidedGradCAM, ScoreCAM])
+@pytest.mark.parametrize("layer", [4, ["4"], nn.ReLU()])
+def test_refuses_a_layer_that_is_no_name(method, layer):
+    with pytest.raises(SettingError, match=r"layer is a name, as in 'layer4' \(a number in quotes, as in '4'\), not "):
+        method(layer)
 
 
 def test_all_of_them_come_out_of_one_pass_and_are_measured_by_where_their_layer_looks(volume):

@@ -202,11 +202,23 @@ def test_a_step_that_it_does_not_know_shows_in_the_sum_and_in_a_note():
     answer = DeepLIFT(voxels(-1, 2)).attribute(net, voxels(3, -2), [ClassLogit(0)])
     assert answer.facts[0]["relative_delta"] > 0.1
     assert answer.notes == [
-        "deep-lift, class-0: the map does not add up to the score's change, since the model or the target holds a step "
-        "that the rescale rule does not know; integrated-gradients needs no rule"
+        "class-0: the map does not add up to the score's change to within a hundredth, since the model or the target "
+        "holds a step that the rescale rule does not know; integrated-gradients needs no rule"
     ]
     exact = IntegratedGradients(voxels(-1, 2), max_steps=2048).attribute(net, voxels(3, -2), [ClassLogit(0)])
     assert exact.facts[0]["relative_delta"] <= 0.01
+
+
+def test_a_change_that_is_all_rounding_is_not_laid_on_the_rule():
+    # Parts of some hundred thousand cancel inside the model: its scores are rounding, and so is the sum's miss.
+    generator = torch.Generator().manual_seed(0)
+    volume, weights = torch.randn(2, 1, 10, 10, 10, generator=generator), torch.randn(1000, generator=generator)
+    parts = lambda v: (v * weights).relu().sum(1) - (v * weights).sum(1) / 2 - (v * weights).abs().sum(1) / 2  # noqa: E731
+    net = Scored(lambda v: 1e3 * parts(v) + 1e-3 * v[:, 0]).float()
+    answer = DeepLIFT(volume * (1 + 1e-6)).attribute(net, volume, [ClassLogit(0)])
+    assert max(answer.facts[0]["relative_delta"]) > 0.1
+    (note,) = answer.notes
+    assert note.startswith("class-0: the map misses the score's change from the baseline by rounding alone")
 
 
 def test_refuses_a_model_that_takes_another_way_for_the_baseline():

@@ -17,7 +17,7 @@ from volsal import (
     InputGradient,
     PredictedClass,
 )
-from volsal.attribution import TargetError, attribute
+from volsal.attribution import ModelError, TargetError, attribute
 
 LABELS = torch.zeros(SHAPE, dtype=torch.int64)
 LABELS[1:4, 2:5, :6], LABELS[5:, 6:, :4] = 1, 2
@@ -144,12 +144,12 @@ def test_an_exception_in_the_middle_of_the_model_leaves_it_as_it_was(method, axe
 
 def test_works_on_a_frozen_model_and_in_every_grad_mode(method, axes, inputs):
     net = random_net(axes=axes)
-    expected = method(net, inputs, ClassLogit(0))
+    expected = method(net, inputs, PredictedClass())
     with torch.no_grad():
-        assert_close(method(net.requires_grad_(False), inputs, ClassLogit(0)), expected)
+        assert_close(method(net.requires_grad_(False), inputs, PredictedClass()), expected)
         assert not torch.is_grad_enabled()
     with torch.inference_mode():
-        assert_close(method(net, inputs.clone(), ClassLogit(0)), expected)
+        assert_close(method(net, inputs.clone(), PredictedClass()), expected)
     assert not any(parameter.requires_grad for parameter in net.parameters())
 
 
@@ -182,6 +182,21 @@ def test_grows_with_the_logit(method, axes, inputs):
     if method.id in OTHERWISE:
         pytest.skip(OTHERWISE[method.id])
     assert_close(method(louder, inputs, ClassLogit(0)), GROWTH.get(method.id, 2) * method(net, inputs, ClassLogit(0)))
+
+
+def test_refuses_what_is_no_model_no_batch_of_volumes_and_no_target(method, axes, inputs):
+    net = random_net(axes=axes)
+    for model, volume, says in (
+        (net.forward, inputs, "a model is a torch.nn.Module; got method"),
+        (net, inputs.numpy(), r"a model input is a tensor \(B, C, \*spatial\).* got ndarray"),
+        (net, inputs[:0], r"of at least one volume.* got \(0, 1, 7, 9"),
+        (net, inputs[0, 0, 0], "got "),
+    ):
+        with pytest.raises(ModelError, match=says):
+            method(model, volume, ClassLogit(0))
+    for target in (1, "class-1"):
+        with pytest.raises(TargetError, match=r"a target is a callable, such as volsal\.ClassLogit"):
+            method.attribute(net, inputs, [target])
 
 
 @pytest.mark.parametrize("owner", ["torch", "numpy"])

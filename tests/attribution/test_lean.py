@@ -153,6 +153,15 @@ def test_max_pooling_of_axes_of_one_voxel_has_the_stock_gradient(size):
     assert_as_stock(lambda x: F.max_pool3d(x, 3, 1, 1), values(2, 3, *size))
 
 
+def test_max_pooling_of_channels_last_warns_of_nothing():
+    torch.set_warn_always(True)  # else it warns once in a process, perhaps long ago
+    try:
+        inputs = values(2, 3, 6, 5, 7).contiguous(memory_format=torch.channels_last_3d)
+        assert_as_stock(lambda x: F.max_pool3d(x, 3, 2, 1), inputs)
+    finally:
+        torch.set_warn_always(False)
+
+
 @given(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 9)), min_size=1, max_size=3))
 def test_the_cells_of_any_window_are_found_again_by_their_number(axes):
     kernel, dilation, size = zip(*axes, strict=True)

@@ -11,7 +11,7 @@ from scipy.ndimage import gaussian_filter
 from torch import nn
 from torch.testing import assert_close
 
-from volsal import RISE, ClassLogit, Occlusion, PredictedClass, RegionAblation
+from volsal import RISE, ClassLogit, Occlusion, PredictedClass, RegionAblation, ScoreCAM
 from volsal.attribution import Context, SettingError
 from volsal.attribution.perturbation.perturbation import blurred, digest_bytes
 from volsal.grid import Grid
@@ -141,10 +141,14 @@ def test_the_blur_is_half_the_edge_of_what_is_removed_unless_told(volume):
     [
         (lambda: Occlusion(fill="blurr"), "unknown fill 'blurr'; did you mean 'blur'"),
         (lambda: Occlusion(fill=float("nan")), "fill is a finite number"),
-        (lambda: RISE(batch=0), "batch is a whole number from 1, not 0"),
-        (lambda: RISE(masks=1), "masks is a whole number from 2"),
+        (lambda: Occlusion(fill=None), "fill is a finite number, not None"),
+        (lambda: Occlusion(fill=[1]), r"fill is a finite number, not \(1,\)"),
+        (lambda: ScoreCAM(fill="blur"), "score-cam: fill is a finite number, not 'blur'"),
+        (lambda: RISE(probability="half"), "probability is a number above 0, not 'half'"),
+        (lambda: RISE(batch=0), "batch is a whole number of at least 1, not 0"),
+        (lambda: RISE(masks=1), "masks is a whole number of at least 2"),
         (lambda: RISE(probability=1), "probability lies between 0 and 1"),
-        (lambda: RegionAblation(controls=-1), "controls is a whole number from 0"),
+        (lambda: RegionAblation(controls=-1), "controls is a whole number of at least 0"),
         (lambda: RegionAblation(names={"liver": 1}), "names are given by label"),
         (lambda: Occlusion(channels="all"), "channels is 'together' or 'each'"),
     ],
@@ -167,6 +171,7 @@ def test_settings_that_make_no_sense_are_refused(method, message):
         (RegionAblation(labels="x.nii"), "labels 'x.nii' is a file, which only an Explainer can place"),
         (RegionAblation(labels=LABELS[1:]), r"the label map is \(6, 9, 11\), the volume \(7, 9, 11\)"),
         (RegionAblation(labels=LABELS + 0.5), "a label map holds whole numbers"),
+        (RegionAblation(labels=np.array(["liver"])), "a label map holds whole numbers, and not <U5"),
         (RegionAblation(labels=0 * LABELS), "the label map holds 0 labels other than 0"),
     ],
 )

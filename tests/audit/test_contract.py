@@ -9,7 +9,7 @@ from nets import assert_same_state, random_net, state
 from torch import nn
 from typer.testing import CliRunner
 
-from volsal import Explainer, IntegratedGradients
+from volsal import RISE, Explainer, GradCAM, IntegratedGradients
 from volsal.audit.contract import Check, check_model, difference
 from volsal.cli import app
 
@@ -211,6 +211,116 @@ def test_a_model_that_cannot_be_copied_or_exported_is_told_so_and_passes(scan):
     assert report.sound, failing(report)
     left = verdicts(report, "does not apply")
     assert ("same input gradient from an exported program", "model") in left
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_progress_goes_from_nothing_to_all_whatever_fails(hidden, scan):
+    told = []
+    net = Net(Custom() if hidden else None)
+    explainer = Explainer(net, methods=["guided-backprop", "grad-cam"], targets=1)
+    report = check_model(explainer, scan, lambda *step: told.append(step))
+    assert {(what, of) for what, _, of in told} == {("checks", 5 + 2 * 7 + 2 + 3)}
+    done = [number for _, number, _ in told]
+    assert (done[0], done[-1]) == (0, 24)
+    assert done == sorted(done)
+    assert len(done) == len(report.checks) + 2
+
+
+def test_passes_are_shared_and_long_methods_take_few_steps(scan):
+    net = Net()
+    rows = []
+    net.conv1.register_forward_hook(lambda module, args, output: rows.append(len(output)))
+    explainer = Explainer(net, methods=["grad-cam", "smooth-grad", "rise"], targets=1)
+    explainer.methods[2] = RISE(cell=4)
+    report = check_model(explainer, scan)
+    assert report.sound, failing(report)
+    model, layer, copy, survey = 3, 5, 2, 1
+    cam, noisy, masked = 4 * 1, 4 * (1 + 3), 4 * (1 + 8)
+    gradient, export = 2, 2
+    assert len(rows) <= model + layer + copy + survey + cam + noisy + masked + gradient + export
+    said = {check.of: check.said for check in report.checks if check.name == "finite values"}
+    assert said["rise"].endswith("(for speed, here and below: masks 8)")
+    assert said["smooth-grad"].endswith("samples 3)")
+    assert said["grad-cam"] == "values that are NaN or infinite"
+
+
+def test_whether_the_steps_are_enough_is_asked_of_all_of_them(scan):
+    class Bent(nn.Module):
+        def forward(self, x):
+            return (3 * x).sigmoid()
+
+    check = {}
+    for steps in (1, 32):
+        method = IntegratedGradients(steps=steps, tolerance=None)
+        report = check_model(Explainer(Net(Bent()), methods=method, targets=1), 5 * scan)
+        (check[steps],) = [one for one in report.checks if one.name == "adds up to the score's change"]
+    assert check[1].verdict == "fails"
+    assert check[32].verdict == "ok"
+
+
+class Tokens(nn.Module):
+    """Patches as tokens behind a class token, their mean to a head."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.patches, self.mix, self.head = nn.Conv3d(1, 4, 3, 3), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.first = nn.Parameter(torch.ones(1, 1, 4))
+
+    def forward(self, x):
+        tokens = self.patches(x).flatten(2).transpose(1, 2)
+        return self.head(self.mix(torch.cat([self.first.expand(len(x), -1, -1), tokens], 1)).mean(1))
+
+
+def test_a_layer_of_tokens_is_put_to_the_test_too(scan):
+    report = check_model(Explainer(Tokens(), methods=[GradCAM("mix")], targets=1), scan)
+    assert report.sound, failing(report)
+    assert {
+        ("hires-cam equals PyTorch's own gradient", "layer mix"),
+        ("hires-cam adds up to the score", "layer mix"),
+    } <= verdicts(report, "ok")
+
+
+def test_layers_that_cannot_carry_a_map_fail_in_words_and_the_rest_is_checked(scan):
+    class Two(Net):
+        def __init__(self):
+            super().__init__()
+            self.unused, self.beside = nn.Conv3d(1, 1, 1), nn.Conv3d(1, 2, 3)
+
+        def forward(self, x):
+            return {"one": super().forward(x), "other": self.beside(x).flatten(2).mean(2)}
+
+    names = ["unused", "beside", "missing", "conv2"]
+    methods = {name: GradCAM(name) for name in names}
+    report = check_model(Explainer(Two(), methods=methods, targets="one/class-1"), scan)
+    says = {check.of: check.said for check in report.checks if check.name == "gives a map"}
+    assert says.keys() == {"unused", "beside", "missing"}
+    assert "layer 'unused' did not run" in says["unused"]
+    assert "no gradient reaches layer 'beside'" in says["beside"]
+    assert "the model has no layer 'missing'" in says["missing"]
+    assert ("hires-cam equals PyTorch's own gradient", "layer conv2") in verdicts(report, "ok")
+    assert {of for _, of in failing(report)} == {*says, *(f"layer {name}" for name in says)}
+
+
+def test_a_model_without_a_layer_to_take_is_checked_all_the_same(scan):
+    net = nn.Sequential(nn.Conv3d(1, 2, scan.shape[2:]), nn.Flatten())  # its one layer has a single cell
+    report = check_model(Explainer(net, methods=["grad-cam", "input-gradient"], targets=1), scan)
+    assert failing(report) == {("gives a map", "grad-cam")}
+    assert ("input gradient equals PyTorch's own", "model") in verdicts(report, "ok")
+
+
+def test_what_pytorch_cannot_differentiate_itself_is_no_fault(scan):
+    class Overwritten(nn.Module):
+        def forward(self, x):
+            y = x.relu()
+            y.add_(1)  # what stock autograd keeps of a ReLU is its output
+            return y
+
+    report = check_model(Explainer(Net(Overwritten()), methods="grad-cam", targets=1), scan)
+    assert report.sound, failing(report)
+    (check,) = [one for one in report.checks if one.name == "input gradient equals PyTorch's own"]
+    assert check.verdict == "does not apply"
+    assert "PyTorch has no backward pass of this model: one of the variables needed" in check.said
 
 
 def test_the_report_as_a_file(scan, tmp_path):

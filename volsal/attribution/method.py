@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from volsal.attribution.alignment.alignment import Alignment, AlignmentRule, HalfPixel
 from volsal.attribution.structure import bare
-from volsal.attribution.tap import precise
+from volsal.attribution.tap import ModelError, precise, require_volumes
 from volsal.attribution.targets.target import Target
 from volsal.attribution.targets.target import score as score_of
 from volsal.grid import Grid
@@ -36,6 +36,7 @@ class Context:
     labels_of : reads a label map's file onto the model's input voxels, (*spatial), nearest label
     progress : told what is being done, how many steps of it are done, and of how many
     keep : folder in which a long method keeps what it has, to take it up again after a fault; None: nothing is kept
+    folder : what relative paths in settings start from, as they do for ``input_of`` and ``labels_of``
     """
 
     align: AlignmentRule = field(default_factory=HalfPixel)
@@ -45,6 +46,7 @@ class Context:
     labels_of: Callable[[str | Path], Tensor] | None = None
     progress: Callable[[str, int, int], None] = _silent
     keep: Path | None = None
+    folder: Path = Path()
 
 
 PLAIN = Context()
@@ -148,13 +150,22 @@ def attribute(
 
     Class activation maps of any kinds and layers come out of one pass, and what several methods are made of is
     computed once.  A model inside ``DataParallel`` or ``torch.compile`` runs without them.
+
+    Raises
+    ------
+    ModelError
+        Where the model is no module, or the volume no batch of volumes; other errors as the methods say.
     """
     model = bare(model)
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"a model is a torch.nn.Module; got {type(model).__name__}: wrap what it does in one")
+    require_volumes(volume)
     families: dict[Any, list[Method]] = {}
     for base in dict.fromkeys(base for method in methods for base in bases(method)):
         families.setdefault(base.family() or base, []).append(base)
     answers: dict[Method, Attribution] = {}
-    with precise(model):
+    # What is made between the passes must be of use in them, which inference mode's tensors are not.
+    with torch.inference_mode(False), precise(model):
         for members in families.values():
             together = (members[0].family() or type(members[0])).run_together
             answers |= zip(members, together(model, volume, members, targets, context), strict=True)

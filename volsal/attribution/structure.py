@@ -45,22 +45,40 @@ def unwrapped(name: str) -> str:
 
 
 class Memory(Generic[T]):
-    """What was found out about each model, forgotten with the model, and when one of its modules is replaced.
+    """What was found out about each model, forgotten with the model, and when it is built otherwise.
 
-    What is changed inside a module, such as the stride of a convolution, goes unnoticed.
+    That is when a module is replaced, or a module's plain settings are, such as the stride of a convolution.  What
+    hides deeper, in a list or an object of the user's, goes unnoticed.
     """
 
     def __init__(self) -> None:
-        self._known: WeakKeyDictionary[nn.Module, tuple[list[ref[nn.Module]], dict[Any, T]]] = WeakKeyDictionary()
+        self._known: WeakKeyDictionary[nn.Module, tuple[list[ref[nn.Module]], list[Any], dict[Any, T]]] = (
+            WeakKeyDictionary()
+        )
         self._lock = Lock()
 
     def of(self, model: nn.Module) -> dict[Any, T]:
         """What is known of this model, to be read and added to."""
         modules = list(model.modules())
+        built = [_settings(module) for module in modules]
         with self._lock:
-            before, known = self._known.get(model, ([], {}))
+            before, so, known = self._known.get(model, ([], None, {}))
             # Compared by identity: a module's id may be used again once it is gone.
-            if len(before) != len(modules) or any(old() is not new for old, new in zip(before, modules, strict=True)):
+            if built != so or any(old() is not new for old, new in zip(before, modules, strict=True)):
                 known = {}
-                self._known[model] = [ref(module) for module in modules], known
+                self._known[model] = [ref(module) for module in modules], built, known
             return known
+
+
+# These change while a model is explained, and say nothing of where cells lie.
+_PASSING = ("training", "dropout")
+
+
+def _settings(module: nn.Module) -> list[tuple[str, Any]]:
+    """The module's numbers, words and tuples of them."""
+    return [(name, value) for name, value in vars(module).items() if name not in _PASSING and _is_plain(value)]
+
+
+def _is_plain(value: Any) -> bool:
+    simple = (int, float, str, type(None))
+    return isinstance(value, simple) or (isinstance(value, tuple) and all(isinstance(part, simple) for part in value))

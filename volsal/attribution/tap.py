@@ -117,15 +117,23 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+def require_volumes(volume: Any) -> None:
+    """Raise :class:`ModelError` unless ``volume`` is a tensor (B, C, *spatial) that holds something."""
+    if not isinstance(volume, Tensor) or volume.ndim < 3 or not volume.numel():
+        found = tuple(volume.shape) if isinstance(volume, Tensor) else type(volume).__name__
+        raise ModelError(
+            "a model input is a tensor (B, C, *spatial) of at least one volume, with at least one spatial axis; got "
+            f"{found}"
+        )
+
+
 def plain(volume: Tensor) -> Tensor:
     """A private copy of ``volume`` as a bare tensor.
 
     A subclass such as MONAI's MetaTensor would carry its affine through the model onto grids where it is wrong, and a
     model that writes into its input must not write into the caller's.
     """
-    if not isinstance(volume, Tensor) or volume.ndim < 3:
-        found = tuple(volume.shape) if isinstance(volume, Tensor) else type(volume).__name__
-        raise ModelError(f"a model input is a tensor (B, C, *spatial), with at least one spatial axis; got {found}")
+    require_volumes(volume)
     return copied_on_write(volume.detach().as_subclass(Tensor))
 
 

@@ -14,6 +14,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import product
@@ -31,6 +32,7 @@ from volsal.attribution import (
     HiResCAM,
     InputGradient,
     IntegratedGradients,
+    LayerError,
     Method,
     ModelError,
     Target,
@@ -42,9 +44,9 @@ from volsal.attribution.alignment.alignment import HalfPixel
 from volsal.attribution.alignment.following import Trace
 from volsal.attribution.cams.cam import CAM
 from volsal.attribution.gradients.integrated import completeness
-from volsal.attribution.method import bases, scores_of
-from volsal.attribution.structure import bare
-from volsal.attribution.tap import Calls, forward, plain, undisturbed
+from volsal.attribution.method import PLAIN, bases, scores_of
+from volsal.attribution.structure import address, bare
+from volsal.attribution.tap import Calls, forward, plain, reader, undisturbed
 from volsal.attribution.targets.target import fixed
 from volsal.errors import VolsalError
 from volsal.explain import Explainer, case_of, environment
@@ -69,6 +71,10 @@ _LINEAR = 1e-3
 _BOXES = 2
 # What is less than this share of a box's effect is no attribution but rounding.
 _GIVEN = 0.01
+# How many steps, samples and the like a method is given where not their number is put to the test.
+_FEW: dict[str, Any] = {"steps": 4, "max_steps": 4, "tolerance": None, "samples": 3, "masks": 8, "controls": 1}
+# What the progress is called.
+_CHECKS = "checks"
 
 
 @dataclass(frozen=True)
@@ -117,10 +123,14 @@ class ContractReport:
             temporary.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def check_model(explainer: Explainer, scan: Scan | Tensor) -> ContractReport:
+def check_model(
+    explainer: Explainer, scan: Scan | Tensor, progress: Callable[[str, int, int], None] = PLAIN.progress
+) -> ContractReport:
     """Put ``explainer``'s model, methods and targets to the test on a scan, or on a model input (1, C, *spatial).
 
-    Each method runs four or five times; the model as often again.
+    Each method runs four or five times; the model as often again.  Methods that take many steps or samples take a few
+    here, but where it is asked whether their number is enough.  ``progress`` is told how many checks are done, and of
+    how many; the explainer's own is told what long methods are doing.
 
     Raises
     ------
@@ -129,12 +139,25 @@ def check_model(explainer: Explainer, scan: Scan | Tensor) -> ContractReport:
     """
     clock = time.monotonic()
     bench = _Bench.of(explainer, scan)
-    checks = [*_of_model(bench)]
-    for name, method in zip(explainer.names, explainer.methods, strict=True):
-        checks += _of_method(bench, name, method)
-    for layer in bench.layers():
-        checks += _of_layer(bench, layer)
-    checks += _of_gradient(bench)
+    layers = bench.layers
+    stages: list[tuple[int, Iterator[Check]]] = [
+        (len(_OF_MODEL), _of_model(bench)),
+        *(
+            (len(_OF_METHOD), _of_method(_Subject(bench, name, method)))
+            for name, method in zip(explainer.names, explainer.methods, strict=True)
+        ),
+        *((len(_OF_LAYER), _of_layer(bench, layer)) for layer in layers),
+        (len(_OF_GRADIENT), _of_gradient(bench)),
+    ]
+    total, before = sum(count for count, _ in stages), 0
+    checks: list[Check] = []
+    progress(_CHECKS, 0, total)
+    for count, stage in stages:
+        for done, check in enumerate(stage, 1):
+            checks.append(check)
+            progress(_CHECKS, before + min(done, count), total)
+        before += count
+    progress(_CHECKS, total, total)  # a method that gives no map is asked nothing more
     provenance = {
         "model": {"class": type(explainer.model).__name__, "weights_sha256": explainer.weights_sha256},
         "model_input": {"shape": list(bench.volume.shape), "scan_sha256": getattr(scan, "sha256", None)},
@@ -188,18 +211,47 @@ class _Bench:
         return self.run(self.volume)
 
     @cached_property
+    def again(self) -> tuple[Any, list[str]]:
+        """The output with other random numbers, and what has changed on the way to it."""
+        return _watched(self, lambda: self.run(self.volume, seed=1))
+
+    @cached_property
     def same(self) -> list[Target]:
         """The targets, with their choices made on the scan."""
         return [fixed(target, self.output) for target in self.targets]
 
     @cached_property
     def fast(self) -> nn.Module:
-        return fast(self.model, self.volume, keep=self.layers())
+        known = dict(self.model.named_modules())
+        return fast(self.model, self.volume, keep=[layer for layer in self.layers if address(layer)[0] in known])
 
+    @cached_property
     def layers(self) -> list[str]:
-        """The layers of the class activation maps, each once."""
+        """The layers of the class activation maps, each once; none of a map that finds no layer to take."""
         cams = [base for method in self.methods for base in bases(method) if isinstance(base, CAM)]
-        return list(dict.fromkeys(cam.layer or default_layer(self.model, self.volume) for cam in cams))
+        found = [cam.layer for cam in cams if cam.layer]
+        if len(found) < len(cams):
+            with suppress(LayerError):  # which the map's own checks tell
+                found.append(default_layer(self.model, self.volume))
+        return list(dict.fromkeys(found))
+
+    @cached_property
+    def stock(self) -> _Stock:
+        return _Stock.of(self)
+
+    @cached_property
+    def strongest_box(self) -> tuple[Tensor, Tensor]:
+        return _strongest_box(self)
+
+    @cached_property
+    def _first(self) -> dict[Method, Attribution]:
+        return {}
+
+    def first(self, method: Method) -> Attribution:
+        """The method's answer on the scan, computed once."""
+        if method not in self._first:
+            self._first[method] = self.maps(method, self.volume)
+        return self._first[method]
 
     def run(self, volume: Tensor, seed: int = 0) -> Any:
         """The model's output, with random numbers of that seed for whatever draws some."""
@@ -211,9 +263,9 @@ class _Bench:
         """The targets' scores, (T,), asked about the same things as on the scan."""
         return torch.stack([one[0] for one in scores_of(self.same, self.run(volume), 1)]).double()
 
-    def maps(self, method: Method, volume: Tensor, model: nn.Module | None = None, seed: int = 0) -> Attribution:
+    def maps(self, method: Method, volume: Tensor, model: nn.Module | None = None) -> Attribution:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.manual_seed(0)
             return attribute(model or self.model, volume, [method], self.targets, self.context)[0]
 
     def other(self) -> Tensor:
@@ -261,15 +313,7 @@ def _tensors(output: Any) -> list[Tensor]:
 
 
 def _of_model(bench: _Bench) -> Iterator[Check]:
-    questions: dict[str, Callable[[_Bench], _Found]] = {
-        "finite weights": _finite_weights,
-        "finite output": _finite_output,
-        "same output again": _same_output,
-        "output the same alone and in a batch": _apart,
-        "unchanged by an inference": _unchanged_by_inference,
-    }
-    for name, question in questions.items():
-        yield _checked(name, "model", partial(question, bench))
+    return (_checked(name, "model", partial(question, bench)) for name, question in _OF_MODEL.items())
 
 
 def _finite_weights(bench: _Bench) -> _Found:
@@ -284,7 +328,7 @@ def _finite_output(bench: _Bench) -> _Found:
 
 
 def _same_output(bench: _Bench) -> _Found:
-    off = difference(_tensors(bench.run(bench.volume, seed=1)), _tensors(bench.output))
+    off = difference(_tensors(bench.again[0]), _tensors(bench.output))
     return _Found(off, _AGAIN * bench.rounding, "difference, with other random numbers: dropout or sampling shows here")
 
 
@@ -298,15 +342,28 @@ def _apart(bench: _Bench) -> _Found:
 
 
 def _unchanged_by_inference(bench: _Bench) -> _Found:
-    return _unchanged(bench, lambda: bench.run(bench.volume))
+    return _unchanged(bench.again[1])
 
 
-def _unchanged(bench: _Bench, act: Callable[[], Any]) -> _Found:
-    before = _state(bench)
-    act()
-    after = _state(bench)
-    changed = [name for name in before | after if before.get(name) != after.get(name)]
+_OF_MODEL: dict[str, Callable[[_Bench], _Found]] = {
+    "finite weights": _finite_weights,
+    "finite output": _finite_output,
+    "same output again": _same_output,
+    "output the same alone and in a batch": _apart,
+    "unchanged by an inference": _unchanged_by_inference,
+}
+
+
+def _unchanged(changed: Sequence[str]) -> _Found:
     return _Found(len(changed), 0, _listed("things that changed", changed))
+
+
+def _watched(bench: _Bench, act: Callable[[], Any]) -> tuple[Any, list[str]]:
+    """What ``act`` returns, and what has changed on the way."""
+    before = _state(bench)
+    result = act()
+    after = _state(bench)
+    return result, [name for name in before | after if before.get(name) != after.get(name)]
 
 
 def _state(bench: _Bench) -> dict[str, Any]:
@@ -335,63 +392,91 @@ def _listed(what: str, names: Sequence[str]) -> str:
 # ---- each method
 
 
-def _of_method(bench: _Bench, name: str, method: Method) -> Iterator[Check]:
+@dataclass(frozen=True, eq=False)
+class _Subject:
+    """A method that is put to the test; what is run for it is run once."""
+
+    bench: _Bench
+    name: str
+    asked: Method
+
+    @cached_property
+    def method(self) -> Method:
+        """The method with few steps."""
+        return replace(self.asked, **self.fewer) if self.fewer else self.asked  # type: ignore[type-var]
+
+    @cached_property
+    def fewer(self) -> dict[str, Any]:
+        """What is less of it than was asked."""
+        own = {name: value for name, value in vars(self.asked).items() if value is not None}
+        return {name: few for name, few in _FEW.items() if name in own and (few is None or few < own[name])}
+
+    @property
+    def first(self) -> Attribution:
+        return self.bench.first(self.method)
+
+    @cached_property
+    def again(self) -> tuple[Attribution, list[str]]:
+        """The answer with other random numbers, and what has changed on the way to it."""
+        bench = self.bench
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            ask = partial(attribute, bench.model, bench.volume, [self.method], bench.targets, bench.context)
+            (answer,), changed = _watched(bench, ask)
+        return answer, changed
+
+    @property
+    def limit(self) -> float:
+        """The most that its maps, computed otherwise, may differ."""
+        return (_OTHERWISE if self.first.layer else _KINKED) * self.bench.rounding
+
+
+def _of_method(subject: _Subject) -> Iterator[Check]:
     try:
-        first = bench.maps(method, bench.volume)
+        first = subject.first
     except VolsalError as error:
         asked = "every activation reached" if isinstance(error, CoverageError) else "gives a map"
-        yield Check(asked, name, "fails", None, None, str(error))
+        yield Check(asked, subject.name, "fails", None, None, str(error))
         return
     if first.coverage:
         counts = ", ".join(f"{count} x {kind}" for kind, count in sorted(first.coverage.items()))
-        yield Check("every activation reached", name, "ok", 0, 0, f"missed; reached: {counts}")
-    questions: dict[str, Callable[[_Bench, Method, Attribution], _Found]] = {
-        "finite values": _finite_map,
-        "same map again": _same_map,
-        "same map alone and in a batch": _same_in_batch,
-        "model unchanged": _unchanged_by_method,
-        "same map from a folded copy": _same_folded,
-        "adds up to the score's change": _adds_up,
-        "sensitivity(a)": _sensitive,
-    }
-    for question, ask in questions.items():
-        yield _checked(question, name, partial(ask, bench, method, first))
+        yield Check("every activation reached", subject.name, "ok", 0, 0, f"missed; reached: {counts}")
+    for name, question in _OF_METHOD.items():
+        yield _checked(name, subject.name, partial(question, subject))
 
 
-def _finite_map(bench: _Bench, method: Method, first: Attribution) -> _Found:
-    bad = sum(int((~torch.isfinite(values)).sum()) for values in first.maps)
-    return _Found(bad, 0, "values that are NaN or infinite")
+def _finite_map(subject: _Subject) -> _Found:
+    bad = sum(int((~torch.isfinite(values)).sum()) for values in subject.first.maps)
+    few = ", ".join(f"{name} {value}" for name, value in subject.fewer.items() if value is not None)
+    return _Found(bad, 0, "values that are NaN or infinite" + (f" (for speed, here and below: {few})" if few else ""))
 
 
-def _same_map(bench: _Bench, method: Method, first: Attribution) -> _Found:
-    again = bench.maps(method, bench.volume, seed=1)
-    return _Found(difference(again.maps, first.maps), _AGAIN * bench.rounding, "difference, with other random numbers")
+def _same_map(subject: _Subject) -> _Found:
+    off = difference(subject.again[0].maps, subject.first.maps)
+    return _Found(off, _AGAIN * subject.bench.rounding, "difference, with other random numbers")
 
 
-def _same_in_batch(bench: _Bench, method: Method, first: Attribution) -> _Found:
+def _same_in_batch(subject: _Subject) -> _Found:
+    bench = subject.bench
     try:
-        both = bench.maps(method, torch.cat([bench.volume, bench.other()]))
+        both = bench.maps(subject.method, torch.cat([bench.volume, bench.other()]))
     except TargetError as error:
         raise _DoesNotApplyError(f"the target is for one volume: {error}") from error
     alone = [values[:1] for values in both.maps]
-    return _Found(difference(alone, first.maps), _allowed(bench, first), "difference, beside another volume")
+    return _Found(difference(alone, subject.first.maps), subject.limit, "difference, beside another volume")
 
 
-def _unchanged_by_method(bench: _Bench, method: Method, first: Attribution) -> _Found:
-    return _unchanged(bench, lambda: bench.maps(method, bench.volume))
+def _unchanged_by_method(subject: _Subject) -> _Found:
+    return _unchanged(subject.again[1])
 
 
-def _same_folded(bench: _Bench, method: Method, first: Attribution) -> _Found:
-    copy = _fast(bench)
-    made = bench.maps(method, bench.volume, copy)
+def _same_folded(subject: _Subject) -> _Found:
+    copy = _fast(subject.bench)
+    made = subject.bench.maps(subject.method, subject.bench.volume, copy)
     about = fast_copy(copy)
     assert about is not None
     said = f"difference; {len(about.folded)} of {about.norms} batch norms folded, channels last"
-    return _Found(difference(made.maps, first.maps), _allowed(bench, first), said)
-
-
-def _allowed(bench: _Bench, answer: Attribution) -> float:
-    return (_OTHERWISE if answer.layer else _KINKED) * bench.rounding
+    return _Found(difference(made.maps, subject.first.maps), subject.limit, said)
 
 
 def _fast(bench: _Bench) -> nn.Module:
@@ -401,22 +486,24 @@ def _fast(bench: _Bench) -> nn.Module:
         raise _DoesNotApplyError(str(error)) from error
 
 
-def _adds_up(bench: _Bench, method: Method, first: Attribution) -> _Found:
+def _adds_up(subject: _Subject) -> _Found:
+    method = subject.asked
     if not isinstance(method, (IntegratedGradients, DeepLIFT)):
         raise _DoesNotApplyError(f"{method.id} makes no such promise")
-    worst = max(float(facts["relative_delta"]) for facts in first.facts)
+    worst = max(float(facts["relative_delta"]) for facts in subject.bench.first(method).facts)
     allowed = getattr(method, "tolerance", None) or _COMPLETE
     return _Found(worst, allowed, "share of the score's change from the baseline that the map's sum misses")
 
 
-def _sensitive(bench: _Bench, method: Method, first: Attribution) -> _Found:
+def _sensitive(subject: _Subject) -> _Found:
     """Sundararajan et al., section 2: what alone makes the score differ from the baseline's gets an attribution.
 
     The baseline is the scan itself but for a box that holds its mean.
     """
+    method, bench = subject.method, subject.bench
     if not isinstance(method, (IntegratedGradients, DeepLIFT)):
         raise _DoesNotApplyError(f"{method.id} makes no such promise")
-    without, effects = _strongest_box(bench)
+    without, effects = bench.strongest_box
     largest = int(effects.abs().argmax())
     if not float(effects[largest].abs()):
         raise _DoesNotApplyError("no box that was taken away changes the score")
@@ -424,6 +511,17 @@ def _sensitive(bench: _Bench, method: Method, first: Attribution) -> _Found:
     given = float(values.double().abs().sum() / effects[largest].abs())
     said = f"boxes get nothing, of 1 that alone changes the score by {float(effects[largest]):.3g}"
     return _Found(int(not given > _GIVEN), 0, said)
+
+
+_OF_METHOD: dict[str, Callable[[_Subject], _Found]] = {
+    "finite values": _finite_map,
+    "same map again": _same_map,
+    "same map alone and in a batch": _same_in_batch,
+    "model unchanged": _unchanged_by_method,
+    "same map from a folded copy": _same_folded,
+    "adds up to the score's change": _adds_up,
+    "sensitivity(a)": _sensitive,
+}
 
 
 def _strongest_box(bench: _Bench) -> tuple[Tensor, Tensor]:
@@ -443,47 +541,101 @@ def _strongest_box(bench: _Bench) -> tuple[Tensor, Tensor]:
     return best
 
 
+# ---- PyTorch's own backward pass
+
+
+@dataclass(frozen=True, eq=False)
+class _Stock:
+    """What PyTorch itself says in one pass that is recorded as a whole, from the input on.
+
+    Attributes
+    ----------
+    by_input : each score's gradient by the input; None where there is none
+    by_layer : for each layer that has cells, what hires-cam is by each score's gradient
+    """
+
+    by_input: list[Tensor | None]
+    by_layer: dict[str, list[Tensor | None]]
+
+    @classmethod
+    def of(cls, bench: _Bench) -> _Stock:
+        at: dict[str, tuple[Tensor, Callable[[Tensor], Tensor]]] = {}
+
+        def keep(layer: str, output: Tensor, trace: Trace) -> Tensor | None:
+            with suppress(LayerError):  # which the layer's own checks tell
+                at[layer] = output.clone(), reader(layer, output, trace, bench.volume)
+                return at[layer][0].clone()
+            return None
+
+        with undisturbed(bench.model), ExitStack() as stack:
+            for layer in bench.layers:
+                with suppress(LayerError):
+                    stack.enter_context(Calls(bench.model, [layer], keep))
+            leaf = plain(bench.volume).requires_grad_(True)
+            scores = scores_of(bench.same, forward(bench.model, leaf.clone()), 1)
+            found = [_gradients(score, [leaf, *(output for output, _ in at.values())]) for score in scores]
+            by_layer = {
+                layer: [
+                    None if by[n] is None else (cells(by[n]) * cells(output.detach())).sum(1, keepdim=True)
+                    for by in found
+                ]
+                for n, (layer, (output, cells)) in enumerate(at.items(), 1)
+            }
+        return cls([by[0] for by in found], by_layer)
+
+
+def _gradients(score: Tensor, points: Sequence[Tensor]) -> Sequence[Any]:
+    """The score's gradient by each of ``points``, by stock autograd; None where there is none."""
+    if not score.requires_grad:
+        return [None] * len(points)
+    try:
+        return torch.autograd.grad(score.sum(), points, retain_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        raise _DoesNotApplyError(f"PyTorch has no backward pass of this model: {str(error).splitlines()[0]}") from error
+
+
+def _all(gradients: Sequence[Tensor | None]) -> list[Tensor]:
+    found = [gradient for gradient in gradients if gradient is not None]
+    if len(found) < len(gradients):
+        raise _DoesNotApplyError("a score does not depend on it through differentiable steps")
+    return found
+
+
 # ---- each layer of a class activation map
 
 
 def _of_layer(bench: _Bench, layer: str) -> Iterator[Check]:
-    yield _checked("hires-cam equals PyTorch's own gradient", f"layer {layer}", partial(_uncut, bench, layer))
-    yield _checked("hires-cam adds up to the score", f"layer {layer}", partial(_linear_head, bench, layer))
+    return (_checked(name, f"layer {layer}", partial(ask, bench, layer)) for name, ask in _OF_LAYER.items())
 
 
 def _uncut(bench: _Bench, layer: str) -> _Found:
     """The graph that is cut at the layer against the whole one, recorded from the input on."""
-    kept: list[Tensor] = []
-
-    def keep(name: str, output: Tensor, trace: Trace) -> Tensor:
-        _require_cells(bench, layer, output)
-        kept.append(output.clone())
-        return kept[0].clone()
-
-    with undisturbed(bench.model), Calls(bench.model, [layer], keep):
-        output = forward(bench.model, plain(bench.volume).requires_grad_(True).clone())
-        scores = scores_of(bench.same, output, 1)
-        owed = [torch.autograd.grad(score.sum(), kept[0], retain_graph=True)[0] for score in scores]
-    expected = [(gradient * kept[0].detach()).sum(1, keepdim=True) for gradient in owed]
-    made = bench.maps(HiResCAM(layer), bench.volume)
+    made = bench.first(HiResCAM(layer))  # which finds the layer, and cells in it
+    expected = _all(bench.stock.by_layer[layer])
     return _Found(difference(made.maps, expected), _OTHERWISE * bench.rounding, "difference")
 
 
 def _linear_head(bench: _Bench, layer: str) -> _Found:
     """Where the score is linear in the layer's output, the map's sum is what the score is more than without it."""
-    at = {share: _scores_with(bench, layer, lambda a, s=share: s * a) for share in (0.0, 0.5, 1.0)}  # type: ignore[misc]
+    there = torch.stack([one[0] for one in scores_of(bench.same, bench.output, 1)]).double()
+    nothing = _scores_with(bench, layer, lambda a: 0 * a)
     moved = _scores_with(bench, layer, lambda a: a.flip(-1))
-    both = _scores_with(bench, layer, lambda a: a + a.flip(-1))
-    size = torch.maximum(at[1.0].abs(), at[0.0].abs()).clamp_min(1e-30)
-    bent = torch.maximum((at[0.5] - (at[0.0] + at[1.0]) / 2).abs(), (both - moved - at[1.0] + at[0.0]).abs()) / size
+    mixed = _scores_with(bench, layer, lambda a: a / 2 + a.flip(-1) / 4)
+    size = torch.maximum(there.abs(), nothing.abs()).clamp_min(1e-30)
+    bent = (mixed - nothing - (there - nothing) / 2 - (moved - nothing) / 4).abs() / size
     if float(bent.max()) > _LINEAR * bench.rounding:
         raise _DoesNotApplyError(f"what follows the layer is not linear (the score bends by {float(bent.max()):.1e})")
-    maps = bench.maps(HiResCAM(layer), bench.volume).maps
     worst = max(
         float(completeness(values, score[None], before[None])["relative_delta"].max())
-        for values, score, before in zip(maps, at[1.0].float(), at[0.0].float(), strict=True)
+        for values, score, before in zip(bench.first(HiResCAM(layer)).maps, there.float(), nothing.float(), strict=True)
     )
     return _Found(worst, _COMPLETE, "share of the score less its bias that the map's sum misses")
+
+
+_OF_LAYER: dict[str, Callable[[_Bench, str], _Found]] = {
+    "hires-cam equals PyTorch's own gradient": _uncut,
+    "hires-cam adds up to the score": _linear_head,
+}
 
 
 def _scores_with(bench: _Bench, layer: str, change: Callable[[Tensor], Tensor]) -> Tensor:
@@ -491,8 +643,9 @@ def _scores_with(bench: _Bench, layer: str, change: Callable[[Tensor], Tensor]) 
     own = {t.untyped_storage().data_ptr() for t in (*bench.model.parameters(), *bench.model.buffers())}
 
     def see(name: str, output: Tensor, trace: Trace) -> Tensor:
-        _require_cells(bench, layer, output)
-        changed = change(output)
+        cells = reader(layer, output, trace, bench.volume)
+        changed = output.clone()
+        cells(changed).copy_(change(cells(output)))
         # In place, so that every other name that the model has for this memory sees it too.
         return changed if output.untyped_storage().data_ptr() in own else output.copy_(changed)
 
@@ -500,40 +653,31 @@ def _scores_with(bench: _Bench, layer: str, change: Callable[[Tensor], Tensor]) 
         return bench.scores(bench.volume)
 
 
-def _require_cells(bench: _Bench, layer: str, output: Tensor) -> None:
-    if output.ndim != bench.volume.ndim or len(output) != 1:
-        raise _DoesNotApplyError(f"layer {layer!r} returns {tuple(output.shape)}, not one value per channel and cell")
-
-
 # ---- the gradient by the input
 
 
 def _of_gradient(bench: _Bench) -> Iterator[Check]:
-    questions: dict[str, Callable[[_Bench, list[Tensor]], _Found]] = {
-        "input gradient equals PyTorch's own": _stock,
-        "same input gradient from a folded copy": _folded,
-        "same input gradient from an exported program": _exported,
-    }
     try:
-        ours = bench.maps(InputGradient(), bench.volume).maps
+        bench.first(InputGradient())
     except VolsalError as error:
-        yield Check(next(iter(questions)), "model", "fails", None, None, str(error))
+        yield Check(next(iter(_OF_GRADIENT)), "model", "fails", None, None, str(error))
         return
-    for name, question in questions.items():
-        yield _checked(name, "model", partial(question, bench, ours))
+    for name, question in _OF_GRADIENT.items():
+        yield _checked(name, "model", partial(question, bench))
 
 
-def _stock(bench: _Bench, ours: list[Tensor]) -> _Found:
-    found = _gradients(bench, bench.model)
-    return _Found(difference(ours, found), _KINKED * bench.rounding, "difference from stock autograd")
+def _stock(bench: _Bench) -> _Found:
+    expected = _all(bench.stock.by_input)
+    found = difference(bench.first(InputGradient()).maps, expected)
+    return _Found(found, _KINKED * bench.rounding, "difference from stock autograd")
 
 
-def _folded(bench: _Bench, ours: list[Tensor]) -> _Found:
+def _folded(bench: _Bench) -> _Found:
     found = bench.maps(InputGradient(), bench.volume, _fast(bench)).maps
-    return _Found(difference(found, ours), _KINKED * bench.rounding, "difference")
+    return _Found(difference(found, bench.first(InputGradient()).maps), _KINKED * bench.rounding, "difference")
 
 
-def _exported(bench: _Bench, ours: list[Tensor]) -> _Found:
+def _exported(bench: _Bench) -> _Found:
     try:
         with undisturbed(bench.model), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about its own internals here
@@ -541,12 +685,15 @@ def _exported(bench: _Bench, ours: list[Tensor]) -> _Found:
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0]
         raise _DoesNotApplyError(f"torch.export does not take this model: {type(error).__name__}: {reason}") from error
-    return _Found(difference(_gradients(bench, program), ours), _KINKED * bench.rounding, "difference")
-
-
-def _gradients(bench: _Bench, model: nn.Module) -> list[Tensor]:
-    """Each score's gradient by the input, by stock autograd."""
-    with undisturbed(model):
+    with undisturbed(program):
         leaf = plain(bench.volume).requires_grad_(True)
-        scores = scores_of(bench.same, forward(model, leaf.clone()), 1)
-        return [torch.autograd.grad(score.sum(), leaf, retain_graph=True)[0] for score in scores]
+        scores = scores_of(bench.same, forward(program, leaf.clone()), 1)
+        found = _all([_gradients(score, [leaf])[0] for score in scores])
+    return _Found(difference(found, bench.first(InputGradient()).maps), _KINKED * bench.rounding, "difference")
+
+
+_OF_GRADIENT: dict[str, Callable[[_Bench], _Found]] = {
+    "input gradient equals PyTorch's own": _stock,
+    "same input gradient from a folded copy": _folded,
+    "same input gradient from an exported program": _exported,
+}

@@ -54,7 +54,5 @@ def trace(model: nn.Module, volume: Tensor, layers: Iterable[str]) -> dict[str, 
 
 def traced(model: nn.Module, volume: Tensor, layer: str) -> Trace:
     """The :class:`Trace` of one layer, from an earlier pass where the model has had one on an input of this shape."""
-    known, key = traces.of(bare(model)), trace_key(layer, volume)
-    if key not in known:
-        trace(model, volume[:2], [layer])
-    return known[key]
+    found = traces.of(bare(model)).get(trace_key(layer, volume))
+    return found or trace(model, volume[:2], [layer])[layer]

@@ -18,12 +18,13 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from volsal.attribution.alignment.alignment import LayerMap
 from volsal.attribution.cams.heads import Heads
 from volsal.attribution.layers import default_layer
 from volsal.attribution.method import Attribution, Context, Method, detached, scores_of, spatial
-from volsal.attribution.settings import SettingError
+from volsal.attribution.settings import SettingError, require_layer
 from volsal.attribution.tap import Tap, forward, gradients_by, plain, undisturbed
 from volsal.attribution.targets.target import PredictedClass, Target, fixed, target_id
 
@@ -49,6 +50,7 @@ class CAM(Method):
     rectified: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        require_layer(self.id, self.layer)
         if self.features not in (None, "all") and not (type(self.features) is int and self.features > 0):
             raise SettingError(f"{self.id}: features is a number of channels from 1, or all; got {self.features!r}")
 
@@ -246,7 +248,7 @@ def answers(
     output, scores, found = see(volume, targets)
     axes, mirrored = spatial(volume), None
     if context.align.mirrors:
-        _, _, mirrored = see(volume.flip(axes), [fixed(target, output) for target in targets])
+        _, _, mirrored = see(volume.flip(axes), [_of_mirrored(fixed(target, output), len(axes)) for target in targets])
     taken = []
     for number, (method, maps) in enumerate(zip(methods, found, strict=True)):
         channels = _channels(method.features, maps)
@@ -270,6 +272,18 @@ def answers(
         )
         for method, maps, channels, parts in taken
     ]
+
+
+def _of_mirrored(target: Target, axes: int) -> Target:
+    """``target`` for what the model makes of the mirrored volume: a segmentation is mirrored back before it is asked.
+
+    Whatever has ``axes`` dimensions besides a batch and channels lies on voxels.
+    """
+
+    def back(part: Any) -> Any:
+        return part.flip(tuple(range(-axes, 0))) if isinstance(part, Tensor) and part.ndim > axes + 1 else part
+
+    return lambda output: target(tree_map(back, output))
 
 
 def layer_map(method: CAM, layer: str, target: Target, output: Any, activation: Tensor, weights: Tensor) -> LayerMap:

@@ -23,7 +23,7 @@ from volsal.attribution.alignment.following import Trace
 from volsal.attribution.cams.cam import CAM, Seen, answers, layer_map, wide
 from volsal.attribution.layers import default_layer
 from volsal.attribution.method import Attribution, Context, detached, scores_of, spatial
-from volsal.attribution.settings import SettingError
+from volsal.attribution.settings import SettingError, require_number
 from volsal.attribution.tap import Calls, ModelError, Tap, forward, plain, reader, undisturbed
 from volsal.attribution.targets.target import Target, TargetError, fixed
 
@@ -153,6 +153,10 @@ class ScoreCAM(ForwardCAM):
     fill: float = 0.0
 
     id: ClassVar[str] = "score-cam"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_number(self.id, fill=self.fill)
 
     def varied(self, activation: Tensor) -> Tensor:
         """Channels of more than one value."""

@@ -62,7 +62,8 @@ class FusedCAM(Method):
             raise SettingError(f"{self.id}: {self.cam!r} is no class activation map{nearest(str(self.cam), CAMS)}")
         if self.how not in ("mean", "max"):
             raise SettingError(f"{self.id}: how is mean or max, not {self.how!r}")
-        if isinstance(self.layers, str) or not all(isinstance(name, str) for name in self.layers):
+        listed = isinstance(self.layers, Sequence) and not isinstance(self.layers, str)
+        if not listed or not all(isinstance(name, str) for name in self.layers):
             raise SettingError(f"{self.id}: layers is a list of names, as in [layer2, layer3]; got {self.layers!r}")
         object.__setattr__(self, "layers", tuple(self.layers))  # a list, as YAML has it, has no hash
 

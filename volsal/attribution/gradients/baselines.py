@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from volsal.attribution.method import Context, spatial
 from volsal.attribution.perturbation.perturbation import blurred
 from volsal.errors import VolsalError, nearest
 
-Baseline = str | Path | float | Tensor
+Baseline = str | Path | float | Tensor | NDArray
 
 _NAMES = ("zero", "blur", "mean")
 
@@ -29,8 +31,8 @@ def baseline_of(volume: Tensor, baseline: Baseline, blur: float, context: Contex
     ----------
     volume : (B, C, *spatial)
     baseline : ``zero``; ``blur``, the volume itself without its fine detail; ``mean``, each channel's own mean; a
-        number, for every voxel; the file of a scan, read and preprocessed as the volume was; or a tensor of the
-        volume's shape, or (1, C, *spatial)
+        number, for every voxel; the file of a scan, read and preprocessed as the volume was; or a tensor or array of
+        the volume's shape, or (1, C, *spatial)
     blur : standard deviation of the Gaussian for ``blur``, in mm where the context knows the grid, else in voxels
     context : knows the grid, and reads scans
 
@@ -40,10 +42,10 @@ def baseline_of(volume: Tensor, baseline: Baseline, blur: float, context: Contex
         For a word that is none of these, a scan of another shape, or a scan where there is nothing to read it with.
     """
     volume = volume.detach().as_subclass(Tensor)
-    if isinstance(baseline, Tensor):
-        return _fitting(baseline, volume, "the baseline given as a tensor")
-    if isinstance(baseline, (int, float)):
-        return torch.full_like(volume, baseline)
+    if isinstance(baseline, (Tensor, np.ndarray)):
+        return _fitting(torch.as_tensor(baseline), volume, "the baseline given as a tensor")
+    if isinstance(baseline, (int, float, np.number)):
+        return torch.full_like(volume, float(baseline))
     if baseline == "zero":
         return torch.zeros_like(volume)
     if baseline == "mean":
@@ -55,39 +57,52 @@ def baseline_of(volume: Tensor, baseline: Baseline, blur: float, context: Contex
 
 def baseline_text(baseline: Baseline, blur: float, context: Context) -> str:
     """The baseline in words, for a record."""
-    if isinstance(baseline, Tensor):
+    if isinstance(baseline, (Tensor, np.ndarray)):
         return "a given tensor"
     if baseline == "blur":
         return f"blur, {blur:g} {'voxels' if context.grid is None else 'mm'}"
     return str(baseline)
 
 
-def listed_baselines(baselines: Any) -> list[Baseline]:
-    """The single baselines of a folder, a pattern such as ``controls/*.nii.gz``, a tensor (N, C, *spatial) or a list.
+def listed_baselines(baselines: Any, folder: Path) -> list[Baseline]:
+    """The single baselines of whatever :class:`volsal.ExpectedGradients` takes.
+
+    A folder of scans, or a pattern such as ``controls/*.nii.gz``, starts from ``folder``; a tensor or array
+    (N, C, *spatial) holds N; a list holds one in each place; anything else is one.
 
     Raises
     ------
     BaselineError
         Where there are none.
     """
-    if isinstance(baselines, Tensor):
-        return list(baselines.split(1))
-    found: list[Baseline]
-    if isinstance(baselines, (str, Path)):
-        path = Path(baselines)
-        found = [path]
-        if path.is_dir():
-            found = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
-        elif "*" in path.name:
-            found = sorted(path.parent.glob(path.name))
+    if isinstance(baselines, (Tensor, np.ndarray)):
+        return list(torch.as_tensor(baselines).split(1))
+    if isinstance(baselines, Sequence) and not isinstance(baselines, str):
+        found = list(baselines)
+    elif isinstance(baselines, (str, Path)) and baselines not in _NAMES:
+        found = files_of(baselines, folder)
     else:
-        found = list(baselines) if isinstance(baselines, Sequence) else []
+        found = [baselines]
     if not found:
         raise BaselineError(
-            f"no baseline scans in {baselines!r}; give 'baselines' a folder of scans, a pattern such as "
-            "'controls/*.nii.gz', or a list"
+            f"no baseline scans in {str(baselines)!r}{_below(baselines, folder)}; give 'baselines' a folder of scans, "
+            "a pattern such as 'controls/*.nii.gz', or a list"
         )
     return found
+
+
+def files_of(named: str | Path, folder: Path) -> list[Baseline]:
+    """The scans of a folder, or of a pattern in one; what is neither, as it is."""
+    path = (folder / Path(named).expanduser()).absolute()  # absolute, lest whoever reads them starts from folder again
+    if path.is_dir():
+        return sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
+    return sorted(path.parent.glob(path.name)) if "*" in path.name else [named]
+
+
+def _below(named: Any, folder: Path) -> str:
+    """Where a relative path was looked for."""
+    relative = isinstance(named, (str, Path)) and not Path(named).expanduser().is_absolute()
+    return f" below {folder.absolute()}" if relative else ""
 
 
 def _in_voxels(blur: float, axes: int, context: Context) -> list[float]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from volsal.attribution.gradients.baselines import Baseline, baseline_of, baseline_text
 from volsal.attribution.gradients.gradient import by_input
-from volsal.attribution.gradients.integrated import completeness
+from volsal.attribution.gradients.integrated import completeness, why_missed
 from volsal.attribution.gradients.rescale import recorded
 from volsal.attribution.method import Attribution, Context, Method, scores_of
 from volsal.attribution.perturbation.perturbation import per_volume
@@ -19,6 +19,10 @@ from volsal.attribution.targets.target import Target, fixed, target_id
 
 # A map that misses more of the score's change than this is not rounding: the model has a step without a rule.
 _ROUNDING = 0.01
+_UNKNOWN = (
+    "to within a hundredth, since the model or the target holds a step that the rescale rule does not know; "
+    "integrated-gradients needs no rule"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +66,8 @@ class DeepLIFT(Method):
         base = baseline_of(volume, self.baseline, self.blur, context)
         without, rule = recorded(model, base)
         answer = by_input(model, volume, targets, rule)
-        at_base = scores_of([fixed(target, answer.output) for target in targets], without, len(volume))
+        same = [fixed(target, answer.output) for target in targets]
+        at_base = scores_of(same, without, len(volume))
         difference = volume.detach().as_subclass(Tensor) - base
         maps = [multipliers * difference for multipliers in answer.maps]
         sums = [
@@ -75,9 +80,9 @@ class DeepLIFT(Method):
             maps=maps,
             facts=[{"baseline": text, **{name: per_volume(figures) for name, figures in one.items()}} for one in sums],
             notes=[
-                f"{self.id}, {target_id(target)}: the map does not add up to the score's change, since the model or "
-                "the target holds a step that the rescale rule does not know; integrated-gradients needs no rule"
-                for target, one in zip(targets, sums, strict=True)
+                f"{target_id(target)}: "
+                + why_missed(model, volume, asked, values, score, one["baseline_score"], _UNKNOWN)
+                for target, asked, values, score, one in zip(targets, same, maps, answer.scores, sums, strict=True)
                 if bool((one["relative_delta"] > _ROUNDING).any())
             ],
         )

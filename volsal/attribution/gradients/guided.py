@@ -12,6 +12,7 @@ from volsal.attribution.cams.cam import GradCAM
 from volsal.attribution.gradients.gradient import by_input
 from volsal.attribution.gradients.rules import DeconvRule, GuidedRule
 from volsal.attribution.method import Attribution, Context, Method
+from volsal.attribution.settings import require_layer
 from volsal.attribution.targets.target import Target
 
 
@@ -56,6 +57,9 @@ class GuidedGradCAM(Method):
     id: ClassVar[str] = "guided-grad-cam"
     unit: ClassVar[str] = "logit x guided logit per unit of model input"
     signed: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        require_layer(self.id, self.layer)
 
     def ingredients(self) -> tuple[Method, ...]:
         """Grad-CAM at the layer, and guided backprop."""

@@ -18,6 +18,8 @@ from volsal.attribution.perturbation.perturbation import accurate, per_volume
 from volsal.attribution.settings import SettingError, require_positive, require_whole
 from volsal.attribution.targets.target import Target, fixed, target_id
 
+_UNSETTLED = "as closely as was asked; raise max_steps, or tolerance"
+
 
 @dataclass(frozen=True, eq=False)
 class IntegratedGradients(Method):
@@ -97,9 +99,9 @@ class IntegratedGradients(Method):
                 for one, without in zip(sums, at_base, strict=True)
             ],
             notes=[
-                f"{self.id}, {target_id(target)}: the map does not add up to the score's change as closely as was "
-                "asked; raise max_steps, or tolerance"
-                for target, one in zip(targets, sums, strict=True)
+                f"{target_id(targets[number])}: "
+                + why_missed(model, volume, same[number], one.values, scores[number], at_base[number], _UNSETTLED)
+                for number, one in enumerate(sums)
                 if one.open.any()
             ],
         )
@@ -143,8 +145,9 @@ class ExpectedGradients(Method):
 
     Parameters
     ----------
-    baselines : a folder of scans, a pattern such as ``controls/*.nii.gz``, a list of scans' files, numbers, words (see
-        :class:`volsal.IntegratedGradients`) or tensors (1, C, *spatial), or a tensor (N, C, *spatial)
+    baselines : a folder of scans, a pattern such as ``controls/*.nii.gz`` (relative ones start from the context's
+        folder), a list of scans' files, numbers, words (see :class:`volsal.IntegratedGradients`) or tensors
+        (1, C, *spatial), or a tensor (N, C, *spatial)
     samples : draws, a forward and a backward pass each
     seed : of the draws, which are the same for every volume
     batch : draws in one pass; more is faster on a GPU and needs as many times the memory
@@ -187,7 +190,7 @@ class ExpectedGradients(Method):
         output, scores = scored(model, volume, targets)
         same = [fixed(target, output) for target in targets]
         volume = volume.detach().as_subclass(Tensor)
-        choices = listed_baselines(self.baselines)
+        choices = listed_baselines(self.baselines, context.folder)
         draws = self._draws(len(choices))
         expected = [torch.zeros_like(score) for score in scores]
         sums = [torch.zeros_like(volume, dtype=accurate(volume)) for _ in targets]
@@ -243,6 +246,28 @@ def completeness(values: Tensor, score: Tensor, before: Tensor) -> dict[str, Ten
     rounding = torch.finfo(score.dtype).eps * torch.maximum(score.abs(), before.abs()).double()
     scale = torch.stack([change.abs(), flat.abs().sum(1) / 1000, 1000 * rounding]).amax(0)
     return {"delta": delta, "relative_delta": torch.where(delta == 0, 0.0, delta.abs() / scale)}
+
+
+def why_missed(
+    model: nn.Module, volume: Tensor, target: Target, values: Tensor, score: Tensor, before: Tensor, cause: str
+) -> str:
+    """In words that a map does not add up to the score's change, and the ``cause``, or else that it is rounding.
+
+    It is rounding where no volume's map misses more than a thousand roundings of the scores or of all that it adds up,
+    or more than a few times what the score moves by when the volume itself is changed by a rounding: where evidence for
+    and against cancels to next to nothing, in the map or inside the model, those are much beside what is left of it.
+    """
+    step = torch.finfo(volume.dtype).eps
+    moved = [scored(model, volume.detach() * (1 + n * step), [target])[1][0] - score for n in (-2, -1, 1, 2)]
+    sizes = [score.abs(), before.abs(), values.flatten(1).abs().sum(1)]
+    limits = [1000 * torch.finfo(score.dtype).eps * size for size in sizes] + [4 * by.abs() for by in moved]
+    allowed = torch.stack([limit.double() for limit in limits]).amax(0)
+    if bool((completeness(values, score, before)["delta"].abs() <= allowed).all()):
+        return (
+            "the map misses the score's change from the baseline by rounding alone, which is much beside so small a "
+            "change; a baseline that changes the score more would tell more"
+        )
+    return f"the map does not add up to the score's change {cause}"
 
 
 class _Sum:

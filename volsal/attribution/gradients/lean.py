@@ -529,7 +529,7 @@ class MaxPool(Function):
         flat = index.flatten(0, 1).flatten(1)
         chosen = torch.empty(flat.shape, dtype=torch.uint8, device=value.device)
         for maps in _several(flat):
-            chosen[maps] = torch.searchsorted(taps, flat[maps] - first)
+            chosen[maps] = torch.searchsorted(taps, (flat[maps] - first).contiguous())
         ctx.save_for_backward(chosen)
         ctx.shape, ctx.window = value.shape, window
         return output

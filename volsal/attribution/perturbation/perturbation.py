@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from volsal.attribution.method import PLAIN, Attribution, Context, Method, detached, scores_of
-from volsal.attribution.settings import SettingError
+from volsal.attribution.settings import SettingError, require_number, require_whole
 from volsal.attribution.tap import copied_on_write, forward, plain, undisturbed
 from volsal.attribution.targets.target import Target, fixed, score, target_id
 from volsal.errors import nearest
@@ -104,15 +104,10 @@ class Perturbation(Method):
                 object.__setattr__(self, field.name, tuple(value))
         if isinstance(self.fill, str) and self.fill not in FILLS:
             raise SettingError(f"{self.id}: unknown fill {self.fill!r}{nearest(self.fill, FILLS)}, or a number")
-        if not isinstance(self.fill, str) and not math.isfinite(self.fill):
-            raise SettingError(f"{self.id}: fill is a finite number, not {self.fill!r}")
-        self._require_whole("batch", 1)
-        self._require_whole("seed", 0)
-
-    def _require_whole(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        if type(value) is not int or value < least:
-            raise SettingError(f"{self.id}: {name} is a whole number from {least}, not {value!r}")
+        if not isinstance(self.fill, str):
+            require_number(self.id, fill=self.fill)
+        require_whole(self.id, batch=self.batch)
+        require_whole(self.id, 0, seed=self.seed)
 
     @abstractmethod
     def copies(self, shape: Sequence[int], context: Context) -> int:

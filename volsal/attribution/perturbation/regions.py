@@ -22,7 +22,7 @@ from volsal.attribution.perturbation.perturbation import (
     digest_bytes,
     per_volume,
 )
-from volsal.attribution.settings import SettingError
+from volsal.attribution.settings import SettingError, require_whole
 
 # A control place shares at most this part of itself with the region; nearer ones would be the region again.
 _MOST_SHARED = 0.25
@@ -67,7 +67,7 @@ class RegionAblation(Perturbation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require_whole("controls", 0)
+        require_whole(self.id, 0, controls=self.controls)
         if not isinstance(self.names, Mapping) or not all(type(label) is int for label in self.names):
             raise SettingError(f"{self.id}: names are given by label, as in {{1: liver}}, not {self.names!r}")
 
@@ -92,7 +92,11 @@ class RegionAblation(Perturbation):
                     "label map itself, on the volume's voxels"
                 )
             given = context.labels_of(str(given).replace("{case}", context.case))
-        labels = torch.as_tensor(given).cpu()
+        try:
+            labels = torch.as_tensor(given).cpu()
+        except (TypeError, ValueError, RuntimeError) as error:
+            kind = getattr(given, "dtype", type(given).__name__)
+            raise SettingError(f"{self.id}: a label map holds whole numbers, and not {kind}") from error
         if tuple(labels.shape) != spatial:
             raise SettingError(f"{self.id}: the label map is {tuple(labels.shape)}, the volume {spatial}")
         whole = labels.to(torch.int64)

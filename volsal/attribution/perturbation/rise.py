@@ -21,7 +21,7 @@ from volsal.attribution.perturbation.perturbation import (
     accurate,
     per_volume,
 )
-from volsal.attribution.settings import SettingError
+from volsal.attribution.settings import SettingError, require_positive, require_whole
 
 # Masks made at a time when the map is put together, bytes.
 _SLAB_BYTES = 64 << 20
@@ -67,8 +67,9 @@ class RISE(Perturbation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require_whole("masks", 2)
-        if not 0 < self.probability < 1:
+        require_whole(self.id, 2, masks=self.masks)
+        require_positive(self.id, probability=self.probability)
+        if not self.probability < 1:
             raise SettingError(f"{self.id}: probability lies between 0 and 1, not {self.probability!r}")
 
     def copies(self, shape: Sequence[int], context: Context) -> int:

@@ -400,8 +400,9 @@ class Segment:
     def within(self) -> Callable[[Slices], Target] | None:
         """For outputs too large to be held: from slices of the spatial axes to the target of what lies there.
 
-        That part's share of the sum is 0 where nothing of it lies there.  None where a part does not tell which voxels
-        are meant.
+        That part's share of the sum is 0 where nothing of it lies there, so that no part can tell that there is nothing
+        to sum over anywhere: who finds all shares without a gradient asks the target about the whole output, which
+        raises :class:`TargetError` then.  None where a part does not tell which voxels are meant.
         """
         return (lambda at: partial(self._share, self.where.within(at))) if self.where.local else None
 
@@ -431,7 +432,7 @@ class Segment:
         for number, mask in enumerate(masks):
             if not mask.any():
                 volume = f"volume {number} of the batch: " if len(masks) > 1 else ""
-                raise TargetError(volume + self.where.nothing(self, logits[number : number + 1]))
+                raise TargetError(volume + self.where.nothing(self, logits[number : number + 1].detach()))
         return masks
 
     def _share(self, where: Where, output: Any) -> Tensor:

@@ -332,6 +332,10 @@ def score(target: Target, output: Any, batch: int) -> Tensor:
     TargetError
         For a wrong class, a wrong shape, or a score that is NaN or infinite; for a function that fails.
     """
+    if not callable(target):
+        raise TargetError(
+            f"a target is a callable, such as volsal.ClassLogit(1), not {target!r}; volsal.parse_target reads its text"
+        )
     try:
         value = target(output)
     except (VolsalError, torch.OutOfMemoryError):
