@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -85,8 +86,8 @@ def test_run_ends_with_0_and_a_table_and_1_where_a_scan_failed(place):
     (place / "scans" / "bad.nii.gz").write_text("nothing " * 100)
     result = call("run", place / "c.yaml")
     assert result.exit_code == 1
-    assert "1 kept from before, 1 failed, of 2 scans" in result.output
-    failed = [line for line in result.stderr.splitlines() if line.startswith("failed:")]
+    assert "1 kept from before, 1 refused, 0 failed, of 2 cases" in result.output
+    failed = [line for line in result.stderr.splitlines() if line.startswith("refused [scan]: bad:")]
     assert len(failed) == 1
     assert "not a NIfTI file" in failed[0]
 
@@ -97,9 +98,9 @@ def test_one_reason_for_many_scans_is_told_three_times_and_then_counted(place, s
     config(place, targets=["class-7"])
     result = call("run", place / "c.yaml")
     assert result.exit_code == 1
-    told = [line for line in result.stderr.splitlines() if line.startswith("failed:")]
+    told = [line for line in result.stderr.splitlines() if line.startswith(("refused [target]:", "and "))]
     assert len(told) == 4
-    assert told[-1].startswith("failed: 3 more for the same reason: class 7 asked for")
+    assert told[-1].startswith("and 3 more for the same reason: class 7 asked for")
 
 
 def test_layers_lists_candidates_and_marks_the_default(place):
@@ -242,3 +243,32 @@ def test_the_demo_finds_the_lesions_it_planted(tmp_path):
     assert again.exit_code == 0
     assert "8 kept from before" in again.output
     assert os.access(tmp_path / "demo", os.W_OK)
+
+
+def test_a_run_is_planned_watched_and_collected(place):
+    plan = call("run", place / "c.yaml", "--plan")
+    assert plan.exit_code == 0, plan.output
+    assert "1 cases below" in plan.output
+    assert "time: about" in plan.output
+    assert not (place / "out").exists()
+    assert json.loads(call("run", place / "c.yaml", "--plan", "--json").stdout)["cases"] == 1
+
+    summary = json.loads(call("run", place / "c.yaml", "--json").stdout)
+    assert summary["states"] == {"done": 1, "kept": 0, "refused": 0, "failed": 0}
+    assert call("status", place / "out").output.startswith("1 cases: 1 done, 0 refused, 0 failed, 0 missing")
+    assert json.loads(call("status", place / "out", "--json").stdout)["ended"] == "end"
+    table = place / "out" / "cases.csv"
+    before = table.read_bytes()
+    table.unlink()
+    assert call("collect", place / "out").exit_code == 0
+    assert table.read_bytes() == before
+    refused = call("status", place / "scans")
+    assert refused.exit_code == 2
+    assert "not a run folder" in refused.output
+
+
+def test_the_table_as_parquet(place):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow")
+    call("run", place / "c.yaml")
+    assert call("collect", place / "out", "--parquet").exit_code == 0
+    assert parquet.read_table(place / "out" / "cases.parquet").column("case").to_pylist() == ["good"] * 2

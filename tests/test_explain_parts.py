@@ -301,9 +301,10 @@ def test_a_run_makes_a_case_anew_when_its_mask_has_changed(scan_file, tmp_path):
         labels = np.zeros(scan.shape, np.int16)
         labels[voxel] = 1
         nib.save(nib.Nifti1Image(labels, scan.affine), tmp_path / "p1_mask.nii")
-        (outcome,) = Run(load_config(tmp_path / "config.yaml")).execute()
+        work = Run(load_config(tmp_path / "config.yaml"))
+        (outcome,) = work.execute()
         assert outcome.error is None
-        name = outcome.record["maps"][0]["file"]
+        name = work.folder.record("p1")["maps"][0]["file"]
         return outcome.status, np.argwhere(np.asanyarray(nib.load(tmp_path / "out" / "p1" / name).dataobj)).tolist()
 
     assert run((3, 4, 5)) == ("done", [[3, 4, 5]])

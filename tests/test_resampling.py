@@ -159,7 +159,7 @@ def test_both_ways_of_computing_give_the_same(oblique):
     target = Grid((23, 17, 19), shifted @ np.diag([0.4, 0.6, 0.7, 1]))
     for field in (oblique, oblique.coarse((3, 4, 5)), Grid((4, 4, 4), oblique.affine)):
         composed, box = target.to(oblique), _box(oblique, field)
-        one, other = torch.full((2, *target.shape), torch.nan, dtype=values.dtype)
+        one, other = torch.zeros((2, *target.shape), dtype=values.dtype)
         _along_axes(values, composed, box, one)
         _through_affine(values, composed, box, other)
         torch.testing.assert_close(one, other, atol=1e-12, rtol=0)
@@ -230,3 +230,17 @@ def test_refuses_values_of_another_shape_or_of_integers(oblique):
         resample(torch.zeros(3, 3, 3), oblique, oblique)
     with pytest.raises(TypeError, match="convert them first"):
         resample(torch.zeros(oblique.shape, dtype=torch.int16), oblique, oblique)
+
+
+@pytest.mark.parametrize("angle", [0, 30])
+def test_the_result_lies_in_memory_as_a_file_holds_it_and_arrays_of_any_order_are_taken(oblique, angle):
+    """A map is written without being turned over, and a scan as read needs no copy."""
+    values = np.random.default_rng(0).normal(size=oblique.shape).astype(np.float32)
+    c, s = np.cos(np.radians(angle)), np.sin(np.radians(angle))
+    turn = np.array([[c, -s, 0, 0], [s, c, 0, 0], [0, 0, 0.7, 0], [0, 0, 0, 1]])
+    target = Grid((13, 12, 10), oblique.affine @ turn)
+    found = resample(values, oblique, target)
+    assert found.flags.f_contiguous
+    assert found.any()
+    for other in (np.asfortranarray(values), np.flip(np.flip(values, 1).copy(), 1)):
+        np.testing.assert_array_equal(resample(other, oblique, target), found)

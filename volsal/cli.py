@@ -6,10 +6,12 @@ Exit status: 0 all done; 1 some scans failed, each named on stderr; 2 the comman
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import os
 import shlex
 import sys
+import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +25,8 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
@@ -34,13 +38,15 @@ from rich.text import Text
 if TYPE_CHECKING:
     from volsal.audit.contract import ContractReport
     from volsal.audit.geometry import GeometryReport
-    from volsal.batch import Outcome, Run
+    from volsal.batch import Outcome, Run, Tally
     from volsal.config import Config
     from volsal.explanation import Explanation
 
 # A mistake in the config fails every scan alike: it is told this often, and then counted.
 _REPEATS = 3
-SOME_FAILED, NO_SENSE, INTERRUPTED = 1, 2, 130
+SOME_FAILED, NO_SENSE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+# Where no one watches a bar, a run says this often how far it is.
+_SAY_EVERY_S = 60.0
 
 app = typer.Typer(
     name="volsal",
@@ -223,6 +229,7 @@ def explain(
     """
     from volsal.config import load_config
     from volsal.explain import PARTIAL, Explainer
+    from volsal.run_folder import RunFolder
     from volsal.scans import read_case
     from volsal.scans.find import case_id, in_order
     from volsal.scans.write import require_writable
@@ -239,7 +246,9 @@ def explain(
         )
         require_writable(output)
         explanation = explainer(read, case_id(Path(case)) if case else None, **reading)
-    home = explanation.save(output)
+    if explanation.scan.series and not (settings.scans and settings.scans.identifiers == "plain"):
+        explanation = explanation.pseudonymous(RunFolder(output).salt())
+    home = explanation.save(output, settings.maps.stored_as)
     explainer.forget(explanation.case)
     _report(explanation, home)
 
@@ -303,44 +312,140 @@ def run(
     method: MethodOption = None,
     target: TargetOption = None,
     alignment: AlignmentOption = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes on this machine; more than one need volsal[cluster].")
+    ] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(help="A running Dask cluster's address, e.g. tcp://node1:8786; see configs/slurm.yaml."),
+    ] = None,
+    dashboard: Annotated[bool, typer.Option("--dashboard", help="Serve Dask's dashboard, with --workers.")] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try cases again that were refused or failed and are as they were.")
+    ] = False,
+    time_limit: Annotated[
+        float | None, typer.Option(min=0.001, help="Minutes that a case may take to read, to compute, or to write.")
+    ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Only say what would be done: cases, what is missing, space, and time.")
+    ] = False,
     quiet: QuietOption = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the summary, or the plan, as JSON and nothing else.")
+    ] = False,
 ) -> None:
-    """Explain every scan of a folder. Run it again to do what is missing; a bad scan does not stop the others.
+    """Explain every scan of a folder, table or dataset. Run it again to do what is missing.
 
-    A case is done again when its scan, the model or a setting has changed, and its earlier maps are then replaced.
+    A bad scan does not stop the others: it is refused or fails with its reason. A case is done again when its scan, the
+    model or a setting has changed, and its earlier maps are then replaced.
     """
-    from volsal.batch import Run
+    from volsal.batch import Run, Tally
     from volsal.config import load_config
+    from volsal.scans.write import WriteError
 
-    work = Run(_load(load_config(config)), output, method, target, alignment)
-    say(f"{len(work.cases)} scans below {work.config.folder / work.scans.folder}; results go to {work.folder}")
-    if work.passed_over:
-        say(f"{work.passed_over} scan files passed over: their names end in none of {', '.join(work.scans.channels)}")
-    outcomes = list(_watched(work, quiet))
-    table = work.write_table(outcomes)
-    _summary(outcomes, table)
-    if any(outcome.status == "failed" for outcome in outcomes):
+    work = Run(
+        _load(load_config(config)),
+        output,
+        method,
+        target,
+        alignment,
+        workers=workers,
+        scheduler=scheduler,
+        dashboard=dashboard,
+        time_limit=time_limit,
+        retry_failed=retry_failed,
+    )
+    silent = quiet or as_json
+    if plan:
+        _plan(work, as_json)
+        return
+    if not silent:
+        say(f"{len(work.cases)} cases {work.found.source}; results go to {work.folder.path}")
+        for note in work.found.notes:
+            say(f"note: {note}", style="yellow")
+    tally = Tally()
+    try:
+        for outcome in _watched(work, silent):
+            tally.add(outcome)
+    except WriteError:
+        say(f"stopped: {tally.ended} of {len(work.cases)} cases are through and safe; make room, and run it again", err)
+        raise
+    table = work.collect()
+    if as_json:
+        print(json.dumps({**tally.describe(), "cases": len(work.cases), "table": str(table)}, indent=1))
+    else:
+        _summary(work, tally, table)
+    if work.stopped_by:
+        raise typer.Exit(INTERRUPTED if work.stopped_by == "SIGINT" else TERMINATED)
+    if tally.bad:
         raise typer.Exit(SOME_FAILED)
 
 
+def _plan(work: Run, as_json: bool) -> None:
+    plan = work.plan()
+    if as_json:
+        print(json.dumps(plan.describe(), indent=1))
+        return
+    for line in plan.lines():
+        say(line)
+
+
 def _watched(work: Run, quiet: bool = False) -> Iterator[Outcome]:
-    """The run's outcomes as they come, with a progress bar on a terminal and a line for each scan that failed."""
+    """The run's outcomes as they come, with a progress bar on a terminal and a line for each scan without result."""
     reasons: Counter[str] = Counter()
-    with _progress(quiet) as progress:
-        bar = progress.add_task("explaining", total=len(work.cases))
-        for outcome in work.execute(_steps(progress)):
+    with _run_progress(quiet) as progress:
+        shown = _Pace(progress, len(work.cases), quiet)
+        for outcome in work.watch(_steps(progress), lambda text: say(text, err)):
+            shown.tick(outcome)
+            if outcome is None:
+                continue
             if outcome.error:
                 reason = outcome.error.replace(str(outcome.scan), "the scan")
                 reasons[reason] += 1
                 if reasons[reason] <= _REPEATS:
-                    say(f"failed: {outcome.case}: {outcome.error}", progress.console)
-                if _debug():
+                    before = " (as before; --retry-failed tries again)" if outcome.again else ""
+                    say(f"{outcome.status} [{outcome.code}]: {outcome.case}: {outcome.error}{before}", progress.console)
+                if _debug() and outcome.trace:
                     say(outcome.trace, progress.console)
-            progress.advance(bar)
             yield outcome
     for reason, times in reasons.items():
         if times > _REPEATS:
-            say(f"failed: {times - _REPEATS} more for the same reason: {reason}", err)
+            say(f"and {times - _REPEATS} more for the same reason: {reason}", err)
+
+
+class _Pace:
+    """How a run goes: a bar on a terminal, and elsewhere a line a minute."""
+
+    def __init__(self, progress: Progress, cases: int, quiet: bool) -> None:
+        from volsal.batch.machine import Busy
+
+        self._progress, self._cases, self._quiet = progress, cases, quiet
+        self._bar = progress.add_task("explaining", total=cases, told="")
+        self._busy = Busy()
+        self._began = self._said = time.monotonic()
+        self._ended = self._worked = self._bad = 0
+
+    def tick(self, outcome: Outcome | None) -> None:
+        if outcome is not None:
+            self._ended += 1
+            self._worked += outcome.status != "kept" and not outcome.again
+            self._bad += outcome.bad
+        now = time.monotonic()
+        rate = 60 * self._worked / max(now - self._began, 1e-3)
+        told = f"{self._bad} without result, {rate:.0f}/min, {self._busy}"
+        self._progress.update(self._bar, completed=self._ended, told=told)
+        if self._progress.disable and not self._quiet and now - self._said >= _SAY_EVERY_S:
+            self._said = now
+            left = f", {duration(60 * (self._cases - self._ended) / rate)} left" if rate else ""
+            say(f"{self._ended} of {self._cases} cases, {told}{left}", err)
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words that a person plans by."""
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def _steps(progress: Progress) -> Callable[[str, int, int], None]:
@@ -378,35 +483,121 @@ def _costs(progress: Progress) -> Iterator[None]:
 
 
 def _progress(quiet: bool = False) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left:"),
-        TimeRemainingColumn(),
-        console=err,
-        transient=True,
-        disable=quiet or not err.is_terminal,
-    )
+    return Progress(*_columns(), console=err, transient=True, disable=quiet or not err.is_terminal)
 
 
-def _summary(outcomes: list[Outcome], csv: Path) -> None:
-    maps = [entry for outcome in outcomes if outcome.record for entry in outcome.record["maps"]]
+def _run_progress(quiet: bool) -> Progress:
+    told = TextColumn("{task.fields[told]}")
+    return Progress(*_columns(), _Told(told), console=err, transient=True, disable=quiet or not err.is_terminal)
+
+
+def _columns() -> list[ProgressColumn]:
+    left = TextColumn("left:"), TimeRemainingColumn()
+    return [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), *left]
+
+
+class _Told(ProgressColumn):
+    """What is told beside a bar, for those that have something to tell."""
+
+    def __init__(self, shown: TextColumn) -> None:
+        super().__init__()
+        self._shown = shown
+
+    def render(self, task: Task) -> Text:
+        return self._shown.render(task) if task.fields.get("told") else Text("")
+
+
+def _summary(work: Run, tally: Tally, csv: Path) -> None:
     table = Table("method", "target", "maps", "with evidence", "empty", "constant", box=None, pad_edge=False)
-    for pair in sorted({(entry["name"], entry["target"]) for entry in maps}):
-        states = [entry["status"] for entry in maps if (entry["name"], entry["target"]) == pair]
-        table.add_row(*map(cell, pair), str(len(states)), *(str(states.count(s)) for s in ("ok", "empty", "constant")))
-    if maps:
+    for pair in sorted({(name, target) for name, target, _ in tally.maps}):
+        counts = [tally.maps[(*pair, state)] for state in ("ok", "empty", "constant")]
+        table.add_row(*map(cell, pair), *map(str, (sum(counts), *counts)))
+    if tally.maps:
         out.print(table)
-    notes = Counter(note for outcome in outcomes if outcome.record for note in outcome.record["notes"])
-    for note, times in notes.most_common():
+    for note, times in tally.notes.most_common():
         say(f"note, {times} x: {note}", style="yellow")
-    count = {status: sum(o.status == status for o in outcomes) for status in ("done", "kept", "failed")}
-    seconds = sum(outcome.seconds for outcome in outcomes if outcome.status == "done")
-    each = f" ({seconds / count['done']:.1f} s each)" if count["done"] else ""
+    count = tally.states
+    each = f" ({tally.seconds / count['done']:.1f} s each)" if count["done"] else ""
     kept = f", {count['kept']} kept from before" if count["kept"] else ""
-    say(f"{count['done']} done{each}{kept}, {count['failed']} failed, of {len(outcomes)} scans; table: {csv}")
+    left = f", {work.left(tally)} not begun" if work.left(tally) else ""
+    without = f"{count['refused']} refused, {count['failed']} failed"
+    say(f"{count['done']} done{each}{kept}, {without}{left}, of {len(work.cases)} cases; table: {csv}")
+    if work.left(tally):
+        say("stopped before the end; the same command takes the run up where it was")
+
+
+@app.command()
+@_explained
+def status(
+    folder: Annotated[Path, typer.Argument(help="A run folder, of a run that goes on or has ended.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """How far a run is: done, refused, failed, missing, per minute, and time left."""
+    from volsal.batch.status import status_of
+    from volsal.run_folder import RunFolder
+
+    found = status_of(RunFolder.existing(folder))
+    if as_json:
+        print(json.dumps(found.describe(), indent=1))
+        return
+    states = ", ".join(f"{number} {state}" for state, number in found.states.items())
+    say(f"{found.cases} cases: {states}")
+    if found.holder:
+        rate = f"; {found.per_minute:.1f} cases/min" if found.per_minute else ""
+        left = f", {duration(found.left_s)} left" if found.left_s else ""
+        say(f"at work: {found.holder}{rate}{left}")
+    else:
+        how = {
+            None: "the last run was killed, or the machine went down",
+            "end": "the last run came to its end",
+            "fault": "the last run broke off",
+        }
+        say(f"nobody is at work; {how.get(found.ended, f'the last run was stopped ({found.ended})')}")
+    for case, code, reason in found.faults:
+        say(f"  [{code}] {case}: {reason}")
+    more = sum(found.codes.values()) - len(found.faults)
+    if more > 0:
+        kinds = ", ".join(f"{code} {number}" for code, number in sorted(found.codes.items()))
+        say(f"  and {more} more without result; by kind: {kinds}")
+
+
+@app.command()
+@_explained
+def collect(
+    folder: Annotated[Path, typer.Argument(help="A run folder.")],
+    parquet: Annotated[bool, typer.Option("--parquet", help="Write cases.parquet too; needs pyarrow.")] = False,
+) -> None:
+    """Make the table of a run anew from its case folders."""
+    from volsal.run_folder import RunFolder
+
+    found = RunFolder.existing(folder)
+    say(found.collect())
+    if parquet:
+        say(found.collect_parquet())
+
+
+@app.command()
+@_explained
+def report(
+    folder: Annotated[Path, typer.Argument(help="A run folder.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where the report goes; RUN/report if not given.")
+    ] = None,
+    single: Annotated[bool, typer.Option("--single", help="One file instead of a folder: for few cases.")] = False,
+    scans: Annotated[
+        Path | None, typer.Option(help="Where the scans lie now, if not where the run found them.")
+    ] = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Write a report of a run that opens in any browser, without a network and without volsal."""
+    from volsal.report.page import write_report
+
+    with _progress(quiet) as progress:
+        show = _steps(progress)
+        page = write_report(
+            folder, output, single=single, scans=scans, progress=lambda _, done, of: show("cases", done, of)
+        )
+    say(f"{page}  (open it in a browser)")
 
 
 @app.command()
@@ -462,13 +653,12 @@ def layers(
 
 
 def _a_scan(config: Config, scans: list[Path] | None, series: str | None, slices: str | None) -> Any:
+    from volsal.batch.cases import cases_of
     from volsal.config import ConfigError
     from volsal.scans import read_case
-    from volsal.scans.find import find_cases
 
-    section = config.scans
-    if not scans and section is not None:
-        cases, _ = find_cases(config.folder / section.folder, section.pattern, section.channels)
+    if not scans and config.scans is not None:
+        cases = cases_of(config).cases
         scans = next((list(case.paths) for case in cases.values() if not case.fault), None)
     if not scans:
         raise ConfigError(f"{config.path}: name a scan, so that the model can be run once (or give --shape)")
@@ -569,14 +759,12 @@ def _some_cases(config: Config, scans: list[Path] | None, number: int) -> list[S
     """The files of each scan named, or of up to ``number`` of the config's cases, evenly spread."""
     if scans:
         return [[scan] for scan in scans]
+    from volsal.batch.cases import cases_of
     from volsal.config import ConfigError
-    from volsal.scans.find import find_cases
 
-    section = config.scans
-    if section is None:
+    if config.scans is None:
         raise ConfigError(f"{config.path}: name some scans, here or under 'scans', to measure on")
-    cases, _ = find_cases(config.folder / section.folder, section.pattern, section.channels)
-    whole: list[Sequence[Path]] = [case.paths for case in cases.values() if not case.fault]
+    whole: list[Sequence[Path]] = [case.paths for case in cases_of(config).cases.values() if not case.fault]
     step = max(1, len(whole) // number)
     return whole[::step][:number]
 
@@ -706,9 +894,10 @@ def check_model(
     from volsal.explain import Explainer
 
     settings = _load(load_config(config))
-    explainer = Explainer.from_config(settings, method, target)
     case = random_volume(_shape(shape)) if shape else _a_scan(settings, scan, series, slices)
-    report = check(explainer, case)
+    with _progress() as progress:
+        explainer = Explainer.from_config(settings, method, target, progress=_steps(progress))
+        report = check(explainer, case, _steps(progress))
     seen = tuple(report.provenance["model_input"]["shape"])
     say(cell(f"{type(explainer.model).__name__} on {'random numbers' if shape else case}, input {seen}"))
     _checks(report)

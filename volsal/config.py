@@ -77,15 +77,71 @@ class WindowsSection(_Section):
         return self
 
 
-class ScansSection(_Section):
-    """Which scans a run explains."""
+class ColumnsSection(_Section):
+    """Which columns of a table hold what; those that have a usual name are found without."""
 
-    folder: str = Field(description="every scan below it is a case")
-    pattern: str | None = Field(None, description="only paths or names like this, e.g. '*_T1w.nii.gz'")
+    id: str | None = Field(None, description="the case's id; left out: case, subject, participant_id, ...")
+    scan: list[str] = Field(
+        default_factory=list,
+        description="the scan's file or DICOM folder; several, in the model's channel order; left out: scan, path, ...",
+    )
+    label: str | None = Field(None, description="what the case is known to be; left out: label, diagnosis or class")
+    masks: dict[str, str] = Field(
+        default_factory=dict, description="name: column of lesion masks or label maps; left out: mask, *_mask"
+    )
+    groups: list[str] = Field(
+        default_factory=list, description="columns to tell cases apart by; left out: site, sex, scanner, ..."
+    )
+    given: dict[str, list[str]] = Field(
+        default_factory=dict,
+        description="the model's other inputs: argument: column of numbers or of files, or several columns of numbers",
+    )
+
+    @field_validator("scan", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("given", mode="before")
+    @classmethod
+    def _each_one_or_several(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {name: [column] if isinstance(column, str) else column for name, column in value.items()}
+
+
+_USUAL = ColumnsSection.model_validate({})
+
+
+class ScansSection(_Section):
+    """Which scans a run explains, what is known of each, and how they are read."""
+
+    folder: str | None = Field(
+        None, description="every scan below it is a case; with a table: where its relative paths start"
+    )
+    files: list[str] = Field(default_factory=list, description="files and DICOM folders like this, e.g. '../**/*.mha'")
+    bids: str | None = Field(None, description="a BIDS dataset, raw or derivative; 'channels' says which suffixes")
+    table: str | None = Field(None, description="a CSV or TSV file with a row for every case, which names its scan")
+    labels: str | None = Field(
+        None,
+        description="a CSV or TSV file that says, by id, what is known of the cases of folder, files or bids; in bids, "
+        "in place of participants.tsv",
+    )
+    columns: ColumnsSection = Field(_USUAL, description="what the columns of the tables mean")
+    pattern: str | None = Field(
+        None, description="of folder or bids, only paths or names like this, e.g. '*_T1w.nii.gz'"
+    )
     channels: list[str] = Field(
         default_factory=list,
         description="several files per case: how their names end before the suffix, in the model's channel order, "
-        "e.g. ['_flair', '_t1']; what is left of the name is the case",
+        "e.g. ['_flair', '_t1']; what is left of the name is the case.  In bids, suffixes: ['T1w']",
+    )
+    masks: dict[str, str] = Field(
+        default_factory=dict,
+        description="masks that lie beside the scans: how their names end, e.g. {lesion: _seg}",
+    )
+    identifiers: Literal["hashed", "plain"] = Field(
+        "hashed", description="whether records hold DICOM's own UIDs, or a pseudonym for each"
     )
     regrid: bool = Field(False, description="bring channels to the first one's voxels where they lie elsewhere")
     volume: int | Literal["all"] | None = Field(
@@ -110,15 +166,68 @@ class ScansSection(_Section):
             raise ValueError("expected a number from 0, or all")
         return value
 
+    @field_validator("files", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
     @model_validator(mode="after")
-    def _distinct_channels(self) -> ScansSection:
-        if len(set(self.channels)) < len(self.channels) or "" in self.channels:
-            raise ValueError("channels are name endings, each its own")
+    def _distinct_endings(self) -> ScansSection:
+        endings = [*self.channels, *self.masks.values()]
+        if len(set(endings)) < len(endings) or "" in endings:
+            raise ValueError(f"channels {'and masks ' if self.masks else ''}are name endings, each its own")
         return self
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ScansSection:
+        sources = self._given("folder", "files", "bids", "table")
+        if len(sources) != 1 and sources != ["folder", "table"]:
+            raise ValueError(
+                f"say where the scans are: one of folder, files, bids and table; got {', '.join(sources) or 'none'} "
+                "(a table may have a folder, where its relative paths start; one that only adds to scans is 'labels')"
+            )
+        misplaced = self._given("labels", "pattern", "channels", "masks")
+        if self.table and misplaced:
+            raise ValueError(f"the table's 'columns' say all of a case; {' and '.join(misplaced)} cannot go with them")
+        if self.files and self.pattern:
+            raise ValueError("'files' are patterns themselves; 'pattern' chooses below a folder")
+        return self
+
+    @model_validator(mode="after")
+    def _columns_of_a_table(self) -> ScansSection:
+        if self.columns.scan and not self.table:
+            raise ValueError("columns.scan names the scans of a 'table'")
+        if self.columns != _USUAL and not self._given("table", "labels", "bids"):
+            raise ValueError("'columns' are those of a table: 'table' names the scans, 'labels' adds to those found")
+        return self
+
+    def _given(self, *names: str) -> list[str]:
+        return [name for name in names if getattr(self, name)]
+
+    def channel_names(self) -> list[str]:
+        """What the model's input channels are called, where the config says it; else empty."""
+        return [name.strip("_-. ") for name in self.channels] or self.columns.scan
 
     def reading(self) -> dict[str, Any]:
         """How the files are read: the keyword arguments of :func:`volsal.scans.read_case`."""
         return {name: getattr(self, name) for name in ("volume", "regrid", "form", "strict", "nan", "series", "slices")}
+
+
+class BatchSection(_Section):
+    """How a run is carried out; none of it changes a result."""
+
+    workers: int = Field(1, ge=1, description="processes on this machine; more than one need volsal[cluster]")
+    time_limit: float = Field(30.0, gt=0, allow_inf_nan=False, description="minutes for each stage of one case")
+
+
+class MapsSection(_Section):
+    """How maps are written."""
+
+    stored_as: Literal["float32", "uint16", "uint8", "int16"] = Field(
+        "float32",
+        description="integers are times a slope, smaller, and rounded: the record states the largest error; a map with "
+        "negative values then takes the signed integers of that width",
+    )
 
 
 class Config(_Section):
@@ -140,6 +249,8 @@ class Config(_Section):
     windows: WindowsSection | None = Field(None, description="apply the model window by window")
     scans: ScansSection | None = None
     output: str | None = Field(None, description="the run folder")
+    maps: MapsSection = MapsSection.model_validate({})
+    batch: BatchSection = Field(BatchSection.model_validate({}), description="how a run is carried out")
     per_channel: bool = Field(
         False,
         description="keep what each input channel gives to maps made on the model's input, as a 4D file",
@@ -270,9 +381,11 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "preprocess": FunctionSection,
     "windows": WindowsSection,
     "scans": ScansSection,
+    "maps": MapsSection,
+    "scans.columns": ColumnsSection,
 }
 
 
 def _keys(location: tuple[str, ...]) -> list[str]:
-    section = _SECTIONS.get(location[0], Config) if location else Config
+    section = _SECTIONS.get(".".join(location)) or (_SECTIONS.get(location[0], Config) if location else Config)
     return list(section.model_fields)

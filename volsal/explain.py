@@ -7,8 +7,10 @@ import platform
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
@@ -38,6 +40,7 @@ from volsal.attribution import (
 )
 from volsal.attribution.alignment.alignment import Collector, LayerMap, Measured
 from volsal.attribution.cams.cam import CAM
+from volsal.attribution.gradients.baselines import files_of as baselines_of
 from volsal.attribution.inputs import Given
 from volsal.attribution.method import PLAIN, bases, scores_of
 from volsal.attribution.perturbation.perturbation import forget
@@ -60,11 +63,54 @@ from volsal.resampling import resample
 from volsal.scans import Scan, read_case
 from volsal.scans.find import case_id
 from volsal.scans.labels import read_labels
+from volsal.scans.scan import files_of
 from volsal.scans.write import refuse_own_map
 
 Progress = Callable[[str, int, int], None]
 # Below the folder of results: what long methods keep until a case's result is saved.
 PARTIAL = ".partial"
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A scan that was read and preprocessed, for the model to be asked about.
+
+    Attributes
+    ----------
+    case, scan : its id, and what was read
+    model_input : what the model will see, and where that lies
+    reading : how the scan's files were read
+    started, seconds : when, and how long it took
+    """
+
+    case: str
+    scan: Scan
+    model_input: ModelInput
+    reading: dict[str, Any]
+    started: datetime
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model and the methods gave for a scan, before it is carried onto the scan's voxels.
+
+    Attributes
+    ----------
+    ready : what was asked about
+    found : each method's raw maps
+    facts : what is to be told of each target
+    prediction, notes, provenance : parts of the :class:`Explanation`
+    seconds : how long it took
+    """
+
+    ready: Ready
+    found: tuple[Attribution, ...]
+    facts: tuple[dict[str, Any], ...]
+    prediction: Prediction
+    notes: tuple[str, ...]
+    provenance: dict[str, Any]
+    seconds: float
 
 
 class Explainer:
@@ -195,7 +241,7 @@ class Explainer:
             alignment or config.alignment,
             Alignments.read(beside(config.path)) if (alignment or config.alignment) in ("auto", Measured.id) else None,
             per_channel=config.per_channel,
-            channels=[name.strip("_-. ") for name in config.scans.channels] if config.scans else (),
+            channels=config.scans.channel_names() if config.scans else (),
             folder=config.folder,
             progress=progress,
             keep=keep,
@@ -237,45 +283,61 @@ class Explainer:
             One of its kinds, in one line: the scan cannot be read, preprocessed or placed; the model cannot be run on
             it; the target or layer does not fit; a method does not cover the model; a map is not finite.
         """
-        started, clock = datetime.now(UTC), time.monotonic()
+        return self.carry(self.answer(self.prepare(scan, case, **reading), given=given, explained=explained))
+
+    def prepare(self, scan: str | Path | Scan | Sequence[str | Path], case: str | None = None, **reading: Any) -> Ready:
+        """The first third of a call: read the scan, and make what the model sees of it.  The model is not touched."""
         if case is not None and not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", case):
             raise SettingsError(f"a case id is lower-case letters, digits, '.', '_' and '-', not {case!r}")
+        started, clock = datetime.now(UTC), time.monotonic()
         if not isinstance(scan, Scan):
             scan = read_case(scan, **reading)
         refuse_own_map(scan)
-        case = case or case_of(scan)
         model_input = self.preprocess(scan)
-        tensor = self.to_model(model_input.tensor)
-        context = self.context(model_input.grid, case, scan, **reading)
+        return Ready(case or case_of(scan), scan, model_input, reading, started, time.monotonic() - clock)
+
+    def answer(
+        self,
+        ready: Ready,
+        *,
+        given: Mapping[str, Any] | None = None,
+        explained: int | str = 0,
+        lean: bool = False,
+    ) -> Answer:
+        """The second third, and the only one that runs the model: every method's raw maps.
+
+        ``lean`` is for a scan that did not fit in memory: methods run one by one, a single changed copy of the scan at
+        a time.  Passes that are shared otherwise are made again; values may differ in their last bits.
+        """
+        clock = time.monotonic()
+        scan = ready.scan
+        tensor = self.to_model(ready.model_input.tensor)
+        context = self.context(ready.model_input.grid, ready.case, scan, **ready.reading)
         model = self._model_with(given, explained, context)
         if isinstance(model, Given) and self.align.mirrors:
             raise SettingsError(f"{self.align.id} alignment mirrors the scan and not the other inputs; use another one")
         model, copied = self._fast_of(model, self.at_once(tensor))
         targets = self.targets_for(context, model)
-        found = self._attribute(model, tensor, self.methods, targets, context)
+        if lean:
+            found = [self._attribute(model, tensor, [m], targets, context)[0] for m in map(one_by_one, self.methods)]
+        else:
+            found = self._attribute(model, tensor, self.methods, targets, context)
         _require_repeatable(self.names, found)
         if not self._known_to_repeat:
             self._require_deterministic(self._whole(model), tensor, targets, found[0])
         output = found[0].output
-        facts = [_facts(target, output) for target in targets]
+        told_of = [_facts(target, output) for target in targets]
         if isinstance(model, Given):
-            for own, tables in zip(facts, model.tables(tensor, targets), strict=True):
+            for own, tables in zip(told_of, model.tables(tensor, targets), strict=True):
                 own |= {"given": {name: table[0].tolist() for name, table in tables.items()}} if tables else {}
-        maps = tuple(
-            self._carry(place, answer, number, model_input, scan, facts[number])
-            for place, answer in enumerate(found)
-            for number in range(len(targets))
-        )
-        said = [f"{name}: {note}" for name, answer in zip(self.names, found, strict=True) for note in answer.notes]
         seen = self._judged(output)
-        return Explanation(
-            case,
-            scan,
+        return Answer(
+            ready,
+            tuple(found),
+            tuple(told_of),
             self._prediction(seen),
-            maps,
-            (*scan.notes, *on_output(seen), *_on_copy(copied), *dict.fromkeys(said), *on_maps(maps, self.align)),
+            (*on_output(seen), *_on_copy(copied)),
             {
-                **environment(),
                 "model": {
                     "class": type(self.model).__name__,
                     "weights_sha256": self.weights_sha256,
@@ -284,15 +346,40 @@ class Explainer:
                 },
                 "model_input": {
                     "shape": list(tensor.shape),
-                    "affine": model_input.grid.affine.tolist(),
-                    "preprocess": repr(self.preprocess),
+                    "affine": ready.model_input.grid.affine.tolist(),
+                    "preprocess": ready.model_input.how or repr(self.preprocess),
                     "given": plain_data(model.held) if isinstance(model, Given) else {},
                 },
                 "alignment": self.align.id,
+                "lean": lean,
                 "device": str(tensor.device),
                 "threads": torch.get_num_threads(),
-                "started": started.isoformat(timespec="seconds"),
-                "seconds": round(time.monotonic() - clock, 3),
+            },
+            time.monotonic() - clock,
+        )
+
+    def carry(self, answer: Answer) -> Explanation:
+        """The last third: every raw map onto the scan's own voxels, in one step, with the record of what made it."""
+        clock = time.monotonic()
+        ready, scan = answer.ready, answer.ready.scan
+        maps = tuple(
+            self._carry(place, found, number, ready.model_input, scan, answer.facts[number])
+            for place, found in enumerate(answer.found)
+            for number in range(len(self.targets))
+        )
+        said = [f"{name}: {note}" for name, one in zip(self.names, answer.found, strict=True) for note in one.notes]
+        seconds = ready.seconds + answer.seconds + time.monotonic() - clock
+        return Explanation(
+            ready.case,
+            scan,
+            answer.prediction,
+            maps,
+            (*scan.notes, *answer.notes, *dict.fromkeys(said), *on_maps(maps, self.align)),
+            {
+                **environment(),
+                **answer.provenance,
+                "started": ready.started.isoformat(timespec="seconds"),
+                "seconds": round(seconds, 3),
             },
         )
 
@@ -309,13 +396,13 @@ class Explainer:
             return torch.from_numpy(read_labels(self.folder / Path(path).expanduser(), grid, scan))
 
         keep = self.keep / case if self.keep else None
-        return Context(align or self.align, grid, case, input_of, labels_of, self.progress, keep)
+        return Context(align or self.align, grid, case, input_of, labels_of, self.progress, keep, self.folder)
 
     def forget(self, case: str) -> None:
         """Remove what long methods kept of a case.  For when its result is safe on the disk."""
         if self.keep:
             forget(self.keep / case)
-            if self.keep.is_dir() and not any(self.keep.iterdir()):
+            with suppress(OSError):  # not there, or another case's is in it
                 self.keep.rmdir()
 
     def targets_for(self, context: Context, model: nn.Module | None = None) -> list[Target]:
@@ -343,8 +430,10 @@ class Explainer:
             for base in bases(method):
                 for value in vars(base).values():
                     named += [word for word in _listed(value) if isinstance(word, (str, Path))]
-        paths = [self.folder / Path(str(name).replace("{case}", case)).expanduser() for name in dict.fromkeys(named)]
-        return [path for path in paths if path.is_file()]
+        asked = [str(name).replace("{case}", case) for name in dict.fromkeys(named)]
+        found = (Path(str(one)).expanduser() for name in asked for one in baselines_of(name, self.folder))
+        paths = [self.folder / path for path in found]
+        return [path for path in paths if path.is_file() or (path.is_dir() and files_of(path))]
 
     def _model_with(self, given: Mapping[str, Any] | None, explained: int | str, context: Context) -> nn.Module:
         """The model with its other inputs held; one and the same module, so that what is known of it is kept."""
@@ -561,6 +650,11 @@ class Explainer:
         return Prediction(logits, index, self.classes[index] if self.classes else None)
 
 
+def one_by_one(method: Method) -> Method:
+    """``method`` with one changed copy of the scan in memory at a time, where it makes several at once."""
+    return cast(Method, replace(cast(Any, method), batch=1)) if hasattr(method, "batch") else method
+
+
 def cams_of(methods: Iterable[Method]) -> list[CAM]:
     """The class activation maps that ``methods`` are, or are made of, each once: those whose cells must be placed."""
     found = (base for method in methods for base in bases(method))
@@ -608,11 +702,17 @@ def _require_equal(first: list[Tensor], again: list[Tensor], when: str) -> None:
 
 def environment() -> dict[str, Any]:
     """Versions and machine, for provenance."""
-    packages = {name: metadata.version(name) for name in ("torch", "numpy", "nibabel", "SimpleITK", "monai")}
+    return dict(_environment())
+
+
+@cache
+def _environment() -> dict[str, Any]:
     from volsal import __version__
 
+    packages = {name: metadata.version(name) for name in ("torch", "numpy", "nibabel", "SimpleITK", "monai")}
+    cuda = {"cuda": torch.version.cuda, "gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {
         "volsal": __version__,
-        "versions": {"python": platform.python_version(), **packages},
+        "versions": {"python": platform.python_version(), **packages, **cuda},
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
     }

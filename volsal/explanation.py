@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -19,16 +19,21 @@ from torch import Tensor
 from volsal.attribution import Alignment
 from volsal.grid import Grid
 from volsal.resampling import resample
+from volsal.run_folder import CASE_FILE, files_of
 from volsal.scans import Scan
+from volsal.scans.find import pseudonym, without_uids
 from volsal.scans.write import WriteError, map_header, replacing, write_map, write_parts
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-CASE_FILE = "case.json"
 FORMAT = 1
 # Raised by whoever changes what a scan's result holds, so that a run makes anew what an earlier code made.
-RESULT_VERSION = 3
+RESULT_VERSION = 4
+
+
+class TakenError(WriteError):
+    """A case folder that holds another scan's result."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -127,9 +132,14 @@ class Heatmap:
         return f"{self.method_name} {self.target}"
 
     @cached_property
+    def extremes(self) -> tuple[float, float]:
+        """The smallest and the largest of :attr:`values`."""
+        return float(self.values.min()), float(self.values.max())
+
+    @cached_property
     def status(self) -> str:
         """``ok``; ``empty``: no positive evidence anywhere; ``constant``: one value everywhere, so no place at all."""
-        if float(self.values.max()) <= 0:
+        if self.extremes[1] <= 0:
             return "empty"
         return "constant" if float(np.ptp(self.raw)) == 0 else "ok"
 
@@ -141,11 +151,11 @@ class Heatmap:
         layer's map is smooth and has none.  An empty map gets the range of its magnitude (or 1), so that everything in
         it lies at the invisible end.
         """
-        positive = self.values[self.values > 0]
-        if not positive.size:
-            top = float(np.abs(self.values).max())
-        else:
-            top = float(positive.max() if self.layer else np.percentile(positive, 99.9))
+        least, top = self.extremes
+        if top <= 0:
+            top = -least
+        elif not self.layer:
+            top = float(np.percentile(self.values[self.values > 0], 99.9))
         return 0.0, float(np.float32(top)) or 1.0
 
     @cached_property
@@ -204,10 +214,19 @@ class Explanation:
             raise KeyError(f"{len(found)} maps are {method}/{target or '*'}; there are {have}")
         return found[0]
 
-    def save(self, folder: str | Path) -> Path:
+    def pseudonymous(self, salt: bytes) -> Explanation:
+        """The same, with a pseudonym for every DICOM UID in its record (see :func:`volsal.scans.find.pseudonym`)."""
+        series = self.scan.series
+        scan = replace(self.scan, series=pseudonym(series, salt)) if series else self.scan
+        return replace(self, scan=scan, notes=tuple(without_uids(note, salt) for note in self.notes))
+
+    def save(self, folder: str | Path, stored_as: str = "float32") -> Path:
         """Write the maps and ``case.json`` into ``folder/<case>``; return that folder.
 
-        ``case.json`` is written last: where it is, the case is whole.
+        ``case.json`` is written last: where it is, the case is whole.  ``stored_as`` is how a map's file holds its
+        values: as they are, or as ``uint16``, ``uint8`` or ``int16`` times a slope (see
+        :class:`volsal.scans.write.Coding`).  Then the record states the largest error, and all else in it is of the
+        values before.  A map's parts stay float32.
 
         Raises
         ------
@@ -217,7 +236,7 @@ class Explanation:
         home = Path(folder) / self.case
         record = home / CASE_FILE
         _forget(home, self.scan)
-        files = [self._save_map(home, heatmap) for heatmap in self.maps]
+        files = [self._save_map(home, heatmap, stored_as) for heatmap in self.maps]
         content = {
             "format": FORMAT,
             "case": self.case,
@@ -235,13 +254,13 @@ class Explanation:
             temporary.write_text(json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n")
         return home
 
-    def _save_map(self, home: Path, heatmap: Heatmap) -> dict[str, Any]:
+    def _save_map(self, home: Path, heatmap: Heatmap, stored_as: str) -> dict[str, Any]:
         """Write one map, with its parts; return its record."""
         name = heatmap.file_name(self.case)
         text = f"volsal {heatmap.method} {heatmap.layer or 'input'}: {heatmap.unit}"
         header = map_header(self.scan, heatmap.method, text, heatmap.window)
-        write_map(home / name, heatmap.values, header)
-        record = {"file": name, "sha256": _file_digest(home / name), **_describe_map(heatmap)}
+        written = write_map(home / name, heatmap.values, header, stored_as)
+        record = {"file": name, "sha256": written.sha256, "stored": written.stored, **_describe_map(heatmap)}
         if heatmap.parts is not None:
             stem = name.removesuffix(".nii.gz")
             record["parts"] = self._save_parts(home, f"{stem}_parts", heatmap, heatmap.parts, header)
@@ -249,10 +268,10 @@ class Explanation:
 
     def _save_parts(self, home: Path, stem: str, heatmap: Heatmap, parts: Parts, header: Any) -> dict[str, Any]:
         name = f"{stem}.nii.gz"
-        write_parts(home / name, parts, len(parts), header)
+        digest = write_parts(home / name, parts, len(parts), header)
         record: dict[str, Any] = {
             "file": name,
-            "sha256": _file_digest(home / name),
+            "sha256": digest,
             "names": list(parts.names),
             "shares": [round(share, 6) for share in parts.shares],
         }
@@ -263,7 +282,7 @@ class Explanation:
             at = heatmap.grid.voxel(heatmap.peak_mm) if heatmap.peak_mm else (np.array(heatmap.grid.shape) - 1) / 2
             voxel = np.round(at).astype(int)
             save_gif(home / picture, self.scan.array, parts, parts.names, heatmap.unit, voxel, grid=self.scan.grid)
-            record |= {"picture": picture, "picture_sha256": _file_digest(home / picture)}
+            record |= {"picture": picture, "picture_sha256": sha256((home / picture).read_bytes()).hexdigest()}
         return record
 
     def show(self, **options: Any) -> None:
@@ -290,8 +309,12 @@ class Explanation:
 
 def _summit(values: NDArray[np.float32]) -> NDArray[np.float64]:
     """The centre, in voxels, of the connected group of near-maximal voxels that reaches the maximum."""
-    top = values.max()
-    voxels = np.argwhere(values >= 0.999 * top)
+    highest = values.max(axis=(0, 1))
+    top = highest.max()
+    # Only in the slices that reach so high, in the order of memory; which voxel comes first makes no difference.
+    slices = np.flatnonzero(highest >= 0.999 * top)
+    marks = values[..., slices[0] : slices[-1] + 1] >= 0.999 * top
+    voxels = np.argwhere(marks.T)[:, ::-1] + (0, 0, slices[0])
     if len(voxels) == 1:
         return voxels[0].astype(float)
     import SimpleITK as sitk
@@ -302,18 +325,6 @@ def _summit(values: NDArray[np.float32]) -> NDArray[np.float64]:
     groups = sitk.GetArrayFromImage(sitk.RelabelComponent(sitk.ConnectedComponent(near, True)))
     widest = groups[box == top].min()  # relabelled by size, the largest is 1
     return np.argwhere(groups == widest).mean(axis=0) + corner
-
-
-def files_of(record: Mapping[str, Any]) -> dict[str, str]:
-    """The files that a case's record names beside itself, with the SHA-256 of each."""
-    files = {}
-    for entry in record["maps"]:
-        files[entry["file"]] = entry["sha256"]
-        if parts := entry.get("parts"):
-            files[parts["file"]] = parts["sha256"]
-            if "picture" in parts:
-                files[parts["picture"]] = parts["picture_sha256"]
-    return files
 
 
 def _forget(home: Path, scan: Scan) -> None:
@@ -329,17 +340,13 @@ def _forget(home: Path, scan: Scan) -> None:
     now = _describe_scan(scan)
     other_file = before["path"] != now["path"] or before.get("series") != now.get("series")
     if before["sha256"] != now["sha256"] and other_file:
-        raise WriteError(
+        raise TakenError(
             f"{home}: already holds the result of another scan, {before['path']}; give this one another case id "
             "(--case) or another output folder"
         )
     record.unlink()
     for name in names:
         (home / Path(name).name).unlink(missing_ok=True)
-
-
-def _file_digest(path: Path) -> str:
-    return sha256(path.read_bytes()).hexdigest()
 
 
 def _describe_map(heatmap: Heatmap) -> dict[str, Any]:
@@ -355,8 +362,8 @@ def _describe_map(heatmap: Heatmap) -> dict[str, Any]:
         "signed": heatmap.signed,
         "status": heatmap.status,
         "window": list(heatmap.window),
-        "minimum": float(heatmap.values.min()),
-        "maximum": float(heatmap.values.max()),
+        "minimum": heatmap.extremes[0],
+        "maximum": heatmap.extremes[1],
         "peak_mm": heatmap.peak_mm,
         "cells": list(heatmap.raw.shape),
         "cell_mm": [round(float(mm), 4) for mm in step],

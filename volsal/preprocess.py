@@ -11,6 +11,7 @@ import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from torch import Tensor
 from volsal.errors import VolsalError, nearest
 from volsal.grid import Grid, GridError, lps_to_ras
 from volsal.resampling import resample
+from volsal.sampling import composed
 from volsal.scans import Scan
 
 
@@ -30,10 +32,11 @@ class PreprocessError(VolsalError, ValueError):
 
 @dataclass(frozen=True, eq=False)
 class ModelInput:
-    """What the model sees: (1, C, D, H, W) float, and where its voxels lie."""
+    """What the model sees: (1, C, D, H, W) float, where its voxels lie, and how it was made, in words."""
 
     tensor: Tensor
     grid: Grid
+    how: str = ""
 
 
 Preprocess = Callable[[Scan], ModelInput]
@@ -120,8 +123,9 @@ class PathFunction:
 class MonaiSteps:
     """MONAI array transforms, applied one after the other to a channel-first MetaTensor of the scan.
 
-    Each step is watched: one that returns a bare array, or sets the affine back to identity, has lost the place of its
-    voxels and is refused by name.
+    The first spatial ones are done as one sampling of the scan where that gives the same (:mod:`volsal.sampling`); the
+    result's ``how`` says which.  Each other step is watched: one that returns a bare array, or sets the affine back to
+    identity, has lost the place of its voxels and is refused by name.
     """
 
     def __init__(self, steps: Sequence[Callable]) -> None:
@@ -137,29 +141,45 @@ class MonaiSteps:
 
     def __call__(self, scan: Scan) -> ModelInput:
         """The scan after every step."""
+        sampling = composed(
+            self._steps,
+            scan,
+            lambda number, step, image: _run(partial(step, lazy=True), self._name(number), image, scan),
+        )
         if not self._steps:
-            return _placed(torch.from_numpy(scan.channels).clone(), scan.grid.affine, scan, repr(self))
-        current = _meta_tensor(scan)
-        for number, step in enumerate(self._steps, 1):
-            current = _apply(step, f"preprocessing step {number}, {type(step).__name__},", current, scan)
-        return _placed(current.as_tensor(), current.affine.numpy(), scan, repr(self))
+            return _placed(sampling.of(scan), scan.grid.affine, scan, repr(self))
+        current = _meta_tensor(sampling.of(scan), sampling.grid, scan)
+        for number, step in enumerate(self._steps):
+            if number not in sampling.steps:
+                current = _apply(step, self._name(number), current, scan)
+        how = repr(self)
+        if sampling.interpolates:
+            how += f" ({', '.join(type(self._steps[n]).__name__ for n in sampling.steps)} as one sampling of the scan)"
+        return _placed(current.as_tensor(), current.affine.numpy(), scan, how)
+
+    def _name(self, number: int) -> str:
+        return f"preprocessing step {number + 1}, {type(self._steps[number]).__name__},"
 
 
-def _meta_tensor(scan: Scan) -> Any:
+def _meta_tensor(voxels: Tensor, grid: Grid, scan: Scan) -> Any:
     from monai.data import MetaTensor
 
-    affine = torch.from_numpy(scan.grid.affine.copy())
-    meta = {"original_affine": affine.clone(), "space": "RAS", "spatial_shape": np.array(scan.grid.shape)}
-    return MetaTensor(torch.from_numpy(scan.channels).clone(), affine=affine, meta=meta)
+    original = torch.from_numpy(scan.grid.affine.copy())
+    meta = {"original_affine": original, "space": "RAS", "spatial_shape": np.array(scan.grid.shape)}
+    return MetaTensor(voxels, affine=torch.from_numpy(grid.affine.copy()), meta=meta)
+
+
+def _run(step: Callable, name: str, before: Any, scan: Scan) -> Any:
+    try:
+        return step(before)
+    except Exception as error:
+        raise PreprocessError(f"{scan}: {name} fails: {type(error).__name__}: {error}") from error
 
 
 def _apply(step: Callable, name: str, before: Any, scan: Scan) -> Any:
     from monai.data import MetaTensor
 
-    try:
-        after = step(before)
-    except Exception as error:
-        raise PreprocessError(f"{scan}: {name} fails: {type(error).__name__}: {error}") from error
+    after = _run(step, name, before, scan)
     if not isinstance(after, MetaTensor):
         raise PreprocessError(
             f"{name} returned a bare {type(after).__name__}, so where its voxels lie is lost; use a transform that "
@@ -268,7 +288,7 @@ def _placed(tensor: Tensor, affine: NDArray[np.float64], scan: Scan, how: str) -
     """The model input on its grid, after every check that can be made of it."""
     if tensor.ndim != 4:
         raise PreprocessError(f"{scan}: {how} gives shape {tuple(tensor.shape)}; expected (C, D, H, W)")
-    tensor = tensor.float()
+    tensor = tensor.float().contiguous()
     if not torch.isfinite(tensor).all():
         raise PreprocessError(f"{scan}: {how} gives {int((~torch.isfinite(tensor)).sum()):,} NaN or infinite voxels")
     try:
@@ -284,7 +304,7 @@ def _placed(tensor: Tensor, affine: NDArray[np.float64], scan: Scan, how: str) -
             "falsified it"
         )
     _require_same_anatomy(tensor, grid, scan, how)
-    return ModelInput(tensor[None], grid)
+    return ModelInput(tensor[None], grid, how)
 
 
 def _centre(grid: Grid) -> str:
@@ -308,14 +328,16 @@ def _require_same_anatomy(tensor: Tensor, grid: Grid, scan: Scan, how: str) -> N
     if not inner.any():
         _require_ras(seen, coarse, lattice, 0.0, scan, how)
         return
-    there = resample(scan.array, scan.grid, coarse)[inner]
+    there = _standard(resample(scan.array, scan.grid, coarse)[inner])
 
     def fit(order: tuple[int, ...], flips: tuple[int, ...]) -> float:
         turned = np.flip(seen.transpose(order), flips)
-        return abs(_correlation(turned[lattice][inner], there))
+        return abs(float(_standard(turned[lattice][inner]) @ there))
 
     stated = fit((0, 1, 2), ())
     _require_ras(seen, coarse, lattice, stated, scan, how)
+    if stated >= 1 - _TURNED:  # which nothing can exceed by more than that
+        return
     turns = [
         (order, flips)
         for order in itertools.permutations(range(3))
@@ -363,8 +385,13 @@ def _within(grid: Grid, scan: Grid) -> NDArray[np.bool_]:
 
 
 def _correlation(a: NDArray, b: NDArray) -> float:
-    """Pearson's r of two equally shaped arrays, outliers clipped; 0 where one of them is constant."""
-    a, b = (np.clip(x, *np.percentile(x, (1, 99))) for x in (a, b))
-    a, b = a - a.mean(), b - b.mean()
-    scale = float(np.sqrt((a * a).sum() * (b * b).sum()))
-    return float((a * b).sum()) / scale if scale > 0 else 0.0
+    """Pearson's r of two equally long arrays, outliers clipped; 0 where one of them is constant."""
+    return float(_standard(a) @ _standard(b))
+
+
+def _standard(values: NDArray) -> NDArray:
+    """``values`` with outliers clipped, of mean 0 and norm 1; zeros where they are constant."""
+    clipped = np.clip(values, *np.percentile(values, (1, 99)))
+    centred = (clipped - clipped.mean()).astype(np.float64)
+    norm = float(np.sqrt(centred @ centred))
+    return centred / norm if norm > 0 else centred

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from volsal.grid import Grid, GridError
 
-# Bytes of output computed at a time: large enough to amortise a call, small enough to stay near the caches and to be
-# made again and again in the same memory.
-_SLAB_BYTES = 16 << 20
+# Bytes of output computed at a time: large enough to amortise a call, small enough to stay near the caches.
+_SLAB_BYTES = 1 << 22
 # Two voxel axes count as parallel where a step along one moves less than this many voxels across the other,
 # summed over the whole volume.
 _ALIGNED_VOXELS = 1e-3
+_BACKWARDS = [2, 1, 0, 3]
 # A point this part of a voxel outside a face is still inside: rounding must not decide.
 _FACE = 1e-6
 
@@ -45,7 +45,7 @@ def resample(values: Tensor | NDArray, source: Grid, target: Grid, field: Grid |
     which are half a voxel outside its own outermost centres; outside ``field`` the result is 0, also where ``source``
     reaches further.  Where the axes of source and target are parallel up to permutation and flip the result is a
     product of three small matrices; elsewhere it is sampled slab by slab through the composed affine.  No coordinate
-    array of the target's size is ever made.
+    array of the target's size is ever made.  In memory the first of the three axes is the fastest, as in a NIfTI file.
 
     Raises
     ------
@@ -54,18 +54,19 @@ def resample(values: Tensor | NDArray, source: Grid, target: Grid, field: Grid |
     """
     if tuple(values.shape[-3:]) != source.shape:
         raise GridError(f"the values are {tuple(values.shape)}, but their grid has shape {source.shape}")
-    tensor = values if isinstance(values, Tensor) else torch.from_numpy(np.ascontiguousarray(values))
+    tensor = values if isinstance(values, Tensor) else _tensor(values)
     if not tensor.is_floating_point():
         raise TypeError(f"resample interpolates floating point values, not {tensor.dtype}; convert them first")
     working = tensor.detach().to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)
-    composed, box = target.to(source), _box(source, field or source)
-    carry = _along_axes if _aligned(composed, target.shape) else _through_affine
-    volumes = working.reshape(-1, *source.shape)
-    out = _empty(working, (len(volumes), *target.shape))
+    # From here on all axes are counted from the last.
+    composed, box = target.to(source)[_BACKWARDS][:, _BACKWARDS], _box(source, field or source)[::-1]
+    carry = _along_axes if _aligned(composed, target.shape[::-1]) else _through_affine
+    volumes = working.reshape(-1, *source.shape).transpose(1, 3)
+    out = _zeros(working, (len(volumes), *reversed(target.shape)))
     with torch.autocast(tensor.device.type, enabled=False):
         for volume, place in zip(volumes, out, strict=True):
             carry(volume, composed, box, place)
-    carried = out.reshape(*tensor.shape[:-3], *target.shape).to(tensor.dtype)
+    carried = out.view(*tensor.shape[:-3], *out.shape[1:]).transpose(-3, -1).to(tensor.dtype)
     return carried if isinstance(values, Tensor) else carried.numpy()
 
 
@@ -102,15 +103,25 @@ def nearest(values: NDArray, source: Grid, target: Grid) -> NDArray:
     return out
 
 
-def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """An uninitialised tensor of the dtype and device of ``like``.
+def parallel(source: Grid, target: Grid) -> bool:
+    """Whether the axes of two grids are parallel up to permutation and flip, to a small part of a voxel of source."""
+    return _aligned(target.to(source), target.shape)
 
-    On a CPU it is NumPy's memory, which the system hands out in huge pages: touching a whole scan for the first time
-    in pages of 4 KiB takes longer than computing what goes there.
+
+def _tensor(values: NDArray) -> Tensor:
+    """The array as a tensor, of the same memory unless an axis runs backwards, which tensors cannot."""
+    return torch.from_numpy(values if min(values.strides) >= 0 else values.copy())
+
+
+def _zeros(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A tensor of zeros of the dtype and device of ``like``.
+
+    On a CPU it is NumPy's memory, which the system hands out in huge pages, and as zeros that take no room until they
+    are written: touching a whole scan for the first time in pages of 4 KiB takes longer than computing what goes there.
     """
     if like.device.type != "cpu":
-        return like.new_empty(shape)
-    return torch.from_numpy(np.empty(shape, like.numpy().dtype))
+        return like.new_zeros(shape)
+    return torch.from_numpy(np.zeros(shape, like.numpy().dtype))
 
 
 def _box(source: Grid, field: Grid) -> NDArray[np.float64]:
@@ -138,26 +149,37 @@ def _aligned(composed: NDArray[np.float64], shape: tuple[int, int, int]) -> bool
 
 
 def _slabs(out: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """(first row, rows of it) of ``out`` (I, J, K), a few at a time."""
-    rows = max(1, _SLAB_BYTES // max(1, out[0].nbytes))
+    """(first row, rows of it) of ``out`` (K, J, I), a few at a time."""
+    rows = max(1, _SLAB_BYTES // max(1, out[:1].nbytes))
     return ((start, out[start : start + rows]) for start in range(0, len(out), rows))
 
 
 def _along_axes(volume: Tensor, composed: NDArray[np.float64], box: NDArray[np.float64], out: Tensor) -> None:
-    """Three one-dimensional interpolations.  volume (source shape) -> out (target shape)."""
+    """Three one-dimensional interpolations.  volume (source shape) -> out (target shape), zeros before."""
     order = [int(axis) for axis in np.abs(composed[:3, :3]).argmax(axis=0)]  # target axis -> source axis
     volume = volume.permute(order)
     weights = [
         _weights(composed[source, axis], composed[source, 3], out.shape[axis], volume.shape[axis], box[source])
         for axis, source in enumerate(order)
     ]
-    first, second, third = (matrix.to(volume) for matrix in weights)
-    for start, slab in _slabs(out):
+    inside = [_span(matrix.any(dim=1)) for matrix in weights]
+    first, second, third = (matrix[rows].to(volume) for matrix, rows in zip(weights, inside, strict=True))
+    made = out[tuple(inside)]
+    near = [_span(matrix.any(dim=0)) for matrix in (second, third)]
+    second, third, volume = second[:, near[0]], third[:, near[1]], volume[:, near[0], near[1]]
+    room = torch.empty(0)
+    for start, slab in _slabs(made):
         rows = first[start : start + len(slab)]
-        touched = rows.any(dim=0).nonzero().flatten().tolist() or [0]
-        cells = slice(touched[0], touched[-1] + 1)
+        cells = _span(rows.any(dim=0))
         planes = torch.matmul(torch.matmul(second, volume[cells]), third.T)
-        torch.mm(rows[:, cells], planes.flatten(1), out=slab.flatten(1))
+        room = room if len(room) == len(slab) else slab.new_empty(len(slab), slab[0].numel())
+        slab.copy_(torch.mm(rows[:, cells], planes.flatten(1), out=room).view(slab.shape))
+
+
+def _span(marks: Tensor) -> slice:
+    """From the first True of ``marks`` (n,) to the last; nothing where there is none."""
+    at = marks.nonzero().flatten().tolist()
+    return slice(at[0], at[-1] + 1) if at else slice(0, 0)
 
 
 def _weights(step: float, first: float, size: int, cells: int, faces: NDArray[np.float64]) -> Tensor:
@@ -175,7 +197,7 @@ def _weights(step: float, first: float, size: int, cells: int, faces: NDArray[np
 
 
 def _through_affine(volume: Tensor, composed: NDArray[np.float64], box: NDArray[np.float64], out: Tensor) -> None:
-    """Sampling at any angle.  volume (source shape) -> out (target shape).
+    """Sampling at any angle.  volume (source shape) -> out (target shape), zeros before.
 
     A line of target voxels crosses the box once, so its first and last voxel inside say all about it.  Only the part
     of a slab that holds any such voxel is computed.
@@ -183,7 +205,6 @@ def _through_affine(volume: Tensor, composed: NDArray[np.float64], box: NDArray[
     sample = _sampler(volume, composed, box)
     for start, slab in _slabs(out):
         first, last = _crossings(composed, box, range(start, start + len(slab)), slab.shape[1], slab.shape[2])
-        slab.zero_()
         lines = np.flatnonzero((first <= last).any(axis=0))
         if not len(lines):
             continue

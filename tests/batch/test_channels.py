@@ -67,7 +67,7 @@ def execute(place):
 
 def test_a_folder_of_two_channels_and_one_incomplete_case(place):
     outcomes = execute(place)
-    assert {case: o.status for case, o in outcomes.items()} == {"p1": "done", "p2": "done", "p3": "failed"}
+    assert {case: o.status for case, o in outcomes.items()} == {"p1": "done", "p2": "done", "p3": "refused"}
     assert "p3_flair.nii.gz: the case's channel _t1 is missing" in outcomes["p3"].error
     record = json.loads((place / "out" / "p1" / "case.json").read_text())
     files = [place / "scans" / f"p1_{name}.nii.gz" for name in ("flair", "t1")]
@@ -80,11 +80,11 @@ def test_a_folder_of_two_channels_and_one_incomplete_case(place):
 
 def test_a_result_is_kept_until_one_of_its_files_or_the_reading_changes(place, scan_file):
     execute(place)
-    assert {o.status for o in execute(place).values()} == {"kept", "failed"}
+    assert {o.status for o in execute(place).values()} == {"kept", "refused"}
     scan_file("scans/p2_t1.nii.gz", shape=SHAPE)
-    assert {case: o.status for case, o in execute(place).items()} == {"p1": "kept", "p2": "done", "p3": "failed"}
+    assert {case: o.status for case, o in execute(place).items()} == {"p1": "kept", "p2": "done", "p3": "refused"}
     write(place, {"nan": -1})
-    assert {case: o.status for case, o in execute(place).items()} == {"p1": "done", "p2": "done", "p3": "failed"}
+    assert {case: o.status for case, o in execute(place).items()} == {"p1": "done", "p2": "done", "p3": "refused"}
     scan_file("scans/p3_t1.nii.gz", shape=SHAPE)
     assert {case: o.status for case, o in execute(place).items()} == {"p1": "kept", "p2": "kept", "p3": "done"}
 
@@ -96,7 +96,7 @@ def test_channels_on_other_grids_fail_unless_regrid(place, scan_file):
     write(place, {"regrid": True})
     outcome = execute(place)["p2"]
     assert outcome.status == "done"
-    assert outcome.record["notes"][0].startswith("channel 2: brought from")
+    assert outcome.notes[0].startswith("channel 2: brought from")
 
 
 def test_the_command_takes_the_files_in_the_models_order(place):
@@ -109,7 +109,7 @@ def test_the_command_takes_the_files_in_the_models_order(place):
     result = CliRunner().invoke(app, ["layers", "-c", str(place / "c.yaml")])
     assert "(1, 2, 12, 14, 10)" in result.output
     result = CliRunner().invoke(app, ["run", str(place / "c.yaml")])
-    assert "1 scan files passed over: their names end in none of _flair, _t1" in result.output
+    assert "passed over: 1 scan files whose names end in none of _flair, _t1" in result.output
     assert "2 done" in result.output
 
 
@@ -164,7 +164,8 @@ def test_a_nan_filled_scan_says_so_in_the_record(place, scan_file):
     scan_file("scans/p2_t1.nii.gz", array=array, shape=SHAPE, dtype=np.float32)
     assert "1 of 1,680 voxels are NaN" in execute(place)["p2"].error
     write(place, {"nan": -1024})
-    record = execute(place)["p2"].record
+    assert execute(place)["p2"].status == "done"
+    record = json.loads((place / "out" / "p2" / "case.json").read_text())
     assert record["scan"]["nan"] == -1024
     assert record["notes"] == ["channel 2: 1 of 1,680 voxels were NaN or infinite and became -1024"]
 

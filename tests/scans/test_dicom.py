@@ -854,7 +854,7 @@ def test_a_run_takes_dicom_folders_and_knows_what_is_done(write, tmp_path):
     assert "2 done" in first.output
     assert "slice 4 of 10 missing" in first.output
     second = CliRunner().invoke(app, ["run", str(tmp_path / "c.yaml")])
-    assert "0 done, 2 kept from before, 1 failed" in second.output
+    assert "0 done, 2 kept from before, 1 refused" in second.output
     (tmp_path / "c.yaml").write_text((tmp_path / "c.yaml").read_text().replace("all}", "all, slices: resample}"))
     third = CliRunner().invoke(app, ["run", str(tmp_path / "c.yaml")])
     assert third.exit_code == 0

@@ -5,6 +5,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from isal import igzip, isal_zlib
 
 from volsal.scans import Scan, read_scan
 from volsal.scans.write import GEOMETRY_FIELDS, WriteError, map_header, replacing, require_writable, write_map
@@ -103,14 +104,47 @@ def test_a_new_file_has_the_rights_that_any_new_file_gets(tmp_path):
 
 def test_what_was_read_back_wrong_is_not_kept(tmp_path, oblique, monkeypatch):
     scan = Scan(np.ones(oblique.shape, np.float32), oblique)
-    monkeypatch.setattr(nib.Nifti1Image, "to_stream", lambda self, file: _write_other(self, file))
+    sound = isal_zlib.compressobj
+
+    class Faulty:
+        """A compressor that gets one bit wrong, and would then write the checksum of what it made."""
+
+        def __init__(self, *settings):
+            self.sound = sound(*settings)
+
+        def compress(self, content):
+            flipped = bytearray(content)
+            flipped[-1] ^= 1
+            return self.sound.compress(bytes(flipped))
+
+        def flush(self):
+            return self.sound.flush()
+
+    monkeypatch.setattr(isal_zlib, "compressobj", Faulty)
     with pytest.raises(WriteError, match="not the ones written"):
         write_map(tmp_path / "m.nii.gz", scan.array, map_header(scan, "x", "y", (0.0, 1.0)))
     assert not list(tmp_path.iterdir())
 
 
-def _write_other(image, file, original=nib.Nifti1Image.to_stream):
-    original(nib.Nifti1Image(np.asanyarray(image.dataobj) * 2, None, image.header), file)
+@pytest.mark.parametrize("at", [-30, -6, None], ids=["voxels", "checksum", "end"])
+def test_what_the_disk_did_not_keep_is_told(at, tmp_path, oblique, monkeypatch):
+    """The bytes are changed behind the writer's back, between writing and reading back."""
+    scan = Scan(np.arange(693, dtype=np.float32).reshape(oblique.shape), oblique)
+    sound = igzip.open
+
+    def after_damage(path, mode):
+        content = bytearray(path.read_bytes())
+        if at is None:
+            del content[-20:]
+        else:
+            content[at] ^= 4
+        path.write_bytes(content)
+        return sound(path, mode)
+
+    monkeypatch.setattr(igzip, "open", after_damage)
+    with pytest.raises(WriteError, match=r"not the ones written|could not be written: CRC"):
+        write_map(tmp_path / "m.nii.gz", scan.array, map_header(scan, "x", "y", (0.0, 1.0)))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_place_that_cannot_be_written_is_told(tmp_path):

@@ -1,64 +1,105 @@
 """A run: one config over many scans, one folder per case.  A bad scan costs no other scan's result.
 
-The run folder is the record.  ``run.json`` says what was asked for, each case's ``case.json`` (written last) that the
-case is whole, and ``cases.csv`` is derived from them.
+The run folder is the record (see :mod:`volsal.run_folder`): what is done is told by the files that are there, so a run
+that was stopped in any way is taken up by running it again.
 """
 
 from __future__ import annotations
 
-import csv
-import json
+import os
+import signal
+import threading
 import time
-import traceback
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from hashlib import sha256
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import FrameType
 from typing import Any
 
-import torch
+import numpy as np
 
-from volsal.config import Config, ConfigError, FunctionSection
-from volsal.errors import VolsalError
-from volsal.explain import PARTIAL, Explainer, Progress, environment
-from volsal.explanation import CASE_FILE, RESULT_VERSION, files_of
-from volsal.scans import ScanError, read_case
-from volsal.scans.find import FoundCase, find_cases
-from volsal.scans.scan import file_digest
-from volsal.scans.write import WriteError, replacing, require_writable
+from volsal.batch.attempts import Attempts
+from volsal.batch.cases import cases_of
+from volsal.batch.engine import Dask, Engine, Here, without_devices
+from volsal.batch.lock import Holder, locked
+from volsal.batch.plan import Plan
+from volsal.batch.plan import plan as plan_of
+from volsal.batch.recipe import recipe_of
+from volsal.batch.worker import IN_WORK, Job, Outcome
+from volsal.config import Config, ConfigError
+from volsal.explain import Explainer, Progress, environment
+from volsal.explanation import RESULT_VERSION
+from volsal.run_folder import RunFolder, without_names
+from volsal.scans.find import Case
+from volsal.scans.write import WriteError, require_writable
+
+Told = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one scan.
+@dataclass
+class Tally:
+    """What a run's outcomes add up to; it does not grow with their number."""
 
-    Attributes
-    ----------
-    case, scan : its id and its file (the first channel's)
-    status : ``done``, ``kept`` (an earlier run's result that still holds) or ``failed``
-    error : why it failed, in one line; ``trace`` the traceback
-    record : the case's ``case.json``, unless it failed
-    seconds : how long it took
-    """
-
-    case: str
-    scan: Path
-    status: str
-    error: str | None = None
-    trace: str | None = None
-    record: dict[str, Any] | None = None
+    states: Counter[str] = field(default_factory=Counter)
+    codes: Counter[str] = field(default_factory=Counter)
+    maps: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
+    stages: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
+
+    def add(self, outcome: Outcome) -> None:
+        """Count one outcome."""
+        self.states[outcome.status] += 1
+        if outcome.bad:
+            self.codes[outcome.code] += 1
+        if outcome.status == "done":
+            self.seconds += outcome.seconds
+            self.stages.update(outcome.stages)
+        self.maps.update(outcome.maps)
+        self.notes.update(outcome.notes)
+
+    def describe(self) -> dict[str, Any]:
+        """As plain data."""
+        maps = [
+            {"method": name, "target": target, "status": state, "maps": number}
+            for (name, target, state), number in sorted(self.maps.items())
+        ]
+        states = {state: self.states[state] for state in ("done", "kept", "refused", "failed")}
+        notes = [{"note": note, "cases": number} for note, number in self.notes.most_common()]
+        return {"states": states, "codes": dict(self.codes), "maps": maps, "notes": notes}
+
+    @property
+    def ended(self) -> int:
+        """Cases of which it is known what became of them."""
+        return self.states.total()
+
+    @property
+    def bad(self) -> int:
+        """Cases without a result."""
+        return self.states["refused"] + self.states["failed"]
 
 
 class Run:
     """The scans that a config names, and the folder that their results go to.
 
+    Parameters
+    ----------
+    config : with ``scans``, and ``output`` unless that is given here
+    output : the run folder
+    methods, targets, alignment : in place of the config's; as for :meth:`volsal.explain.Explainer.from_config`
+    workers : processes on this machine; 1: this one.  In place of the config's
+    scheduler : address of a Dask cluster's scheduler, whose workers do the cases instead
+    time_limit : minutes that one case may take in each stage; in place of the config's
+    retry_failed : try cases again that an earlier run refused or failed, and that are as they were
+    dashboard : serve Dask's dashboard, for ``workers``
+
     Raises
     ------
     ConfigError
         Where the config names no scans or no output, or no scan is found.
-    WriteError
-        Where the output folder cannot be written.
     """
 
     def __init__(
@@ -66,8 +107,14 @@ class Run:
         config: Config,
         output: Path | None = None,
         methods: Sequence[str] | None = None,
-        targets: Sequence[str] | None = None,
+        targets: Sequence[str | int] | None = None,
         alignment: str | None = None,
+        *,
+        workers: int | None = None,
+        scheduler: str | None = None,
+        time_limit: float | None = None,
+        retry_failed: bool = False,
+        dashboard: bool = False,
     ) -> None:
         if config.scans is None:
             raise ConfigError(f"{config.path}: scans: missing; a run needs 'scans: {{folder: ...}}'")
@@ -75,151 +122,188 @@ class Run:
             raise ConfigError(f"{config.path}: output: missing; say where the results go, here or with --output")
         self.config = config
         self.scans = config.scans
-        self.methods = methods
-        self.targets = targets
-        self.alignment = alignment
-        self.folder = output or config.folder / str(config.output)
-        source = config.folder / config.scans.folder
-        if not source.is_dir():
-            raise ConfigError(f"{config.path}: scans.folder: {source} is not a folder")
-        self.cases, self.passed_over = find_cases(source, config.scans.pattern, config.scans.channels)
-        if not self.cases:
-            wanted = config.scans.pattern or "scan"
-            ending = f" with a name that ends in {' or '.join(config.scans.channels)}" if config.scans.channels else ""
-            raise ConfigError(f"{config.path}: scans.folder: no {wanted}{ending} below {source}")
+        self.folder = RunFolder(output or config.folder / str(config.output))
+        found = cases_of(config)
+        self.found = found
+        self.cases = found.cases
+        self.workers = workers or config.batch.workers
+        self.scheduler = scheduler
+        self.dashboard = dashboard
+        minutes = time_limit or config.batch.time_limit
+        self.job = Job(
+            config,
+            self.folder.path.absolute(),
+            tuple(methods) if methods else None,
+            tuple(targets) if targets else None,
+            alignment,
+            self._threads(),
+            60 * minutes,
+            retry_failed,
+        )
+        self.taken_over: Holder | None = None
+        self.stopped_by: str | None = None
+        self._stopping = threading.Event()
 
-    def execute(self, progress: Progress | None = None) -> Iterator[Outcome]:
-        """Explain every case; yield what became of each as it ends.
+    def plan(self) -> Plan:
+        """What the run would do; two cases are explained for their time, into a folder that is then removed.
+
+        Raises
+        ------
+        VolsalError
+            Where the model or a setting makes no sense.
+        """
+        explainer = self.job.explainer()
+        warm = True
+        reading = self.scans.reading()
+
+        def timed(case: Case) -> float:
+            nonlocal warm
+            if warm:  # what is done once for all cases is not counted
+                warm = False
+                timed(case)
+            clock = time.monotonic()
+            explanation = explainer(case.paths, case.id, given=case.given or None, **reading)
+            with TemporaryDirectory() as place:
+                explanation.save(place, self.config.maps.stored_as)
+            return time.monotonic() - clock
+
+        width = np.dtype(self.config.maps.stored_as).itemsize
+        count = len(explainer.methods) * len(explainer.targets)
+        return plan_of(self.found, self.folder.path, count, width, self.workers, timed)
+
+    def _threads(self) -> int:
+        """CPU threads of each process: the config's, else what the run was begun with, else a share of the cores.
+
+        The number changes the last bits of a result; a run that is taken up with other workers must not change it.
+        """
+        begun = self.folder.asked().get("threads")
+        each = max(1, len(os.sched_getaffinity(0)) // self.workers)
+        return self.config.threads or (begun if isinstance(begun, int) and begun > 0 else each)
+
+    def execute(self, progress: Progress | None = None, told: Told | None = None) -> Iterator[Outcome]:
+        """Explain every case; yield what became of each as it ends, in whatever order.
 
         The model and every setting are checked before the first scan is touched.  ``progress`` is told of the steps of
-        long methods; what these have of a case outlives a fault, until the case's result is saved.
+        long methods, where the cases are done by this process; ``told`` of what a person should know on the way.
+
+        Raises
+        ------
+        LockedError
+            Where another run is at work in the folder.
+        WriteError
+            Where the output folder cannot be written, before or in the middle; what is done is kept.
+        StuckError
+            Where a case hangs and cannot be stopped.
         """
-        keep = self.folder / PARTIAL
-        explainer = Explainer.from_config(
-            self.config, self.methods, self.targets, self.alignment, progress=progress, keep=keep
-        )
-        require_writable(self.folder)
-        recipe = self._recipe(explainer)
+        for outcome in self.watch(progress, told):
+            if outcome is not None:
+                yield outcome
+
+    def watch(self, progress: Progress | None = None, told: Told | None = None) -> Iterator[Outcome | None]:
+        """As :meth:`execute`, with None now and then while nothing ends, for who shows what time it is."""
+        told = told or (lambda _: None)
+        require_writable(self.folder.path)
+        with locked(self.folder.path) as self.taken_over, self._signals(told):
+            if self.taken_over:
+                told(f"the last run in this folder did not end by itself ({self.taken_over}); taking it up")
+            self._stopping.clear()
+            self.folder.salt()  # made before several processes ask for it
+            engine = self._engine(progress, told)
+            self.folder.write_inputs({case: found.describe() for case, found in self.cases.items()})
+            self.folder.log("began", cases=len(self.cases), workers=self.workers, scheduler=self.scheduler)
+            clock, tally = time.monotonic(), Tally()
+            try:
+                for outcome in engine.outcomes(self._in_order(), self._stopping):
+                    if outcome is not None:
+                        tally.add(outcome)
+                        self._log(outcome)
+                    yield outcome
+            finally:
+                ended = self.stopped_by or ("end" if tally.ended == len(self.cases) else "fault")
+                seconds = round(time.monotonic() - clock, 3)
+                self._log_end(ended, seconds, tally)
+
+    def _engine(self, progress: Progress | None, told: Told) -> Engine:
+        spread = self.workers > 1 or self.scheduler is not None
+        job = without_devices(self.job) if spread else self.job
+        explainer = job.explainer(progress, job.partial)
+        recipe = recipe_of(job.config, explainer, RESULT_VERSION)
         self._write_run(explainer)
-        for case, found in self.cases.items():
-            yield self._one(explainer, case, found, recipe)
+        if not spread:
+            return Here(self.job, explainer)
+        return Dask(replace(self.job, recipe=recipe), self.workers, self.scheduler, self.dashboard, told)
 
-    def _one(self, explainer: Explainer, case: str, found: FoundCase, recipe: dict[str, Any]) -> Outcome:
-        clock = time.monotonic()
-        path = found.paths[0]
+    def _in_order(self) -> list[Case]:
+        """The cases; last those over which a process died, the most suspect at the end."""
+        deaths = Attempts(self.folder.path).suspects()
+        suspects = [self.cases[case] for case in deaths if case in self.cases]
+        suspects.sort(key=lambda case: (deaths[case.id].alone, case.id))
+        return [case for case in self.cases.values() if case.id not in deaths] + suspects
+
+    @contextmanager
+    def _signals(self, told: Told) -> Iterator[None]:
+        """The first SIGINT or SIGTERM lets cases that are in work end; the second abandons them."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def heard(number: int, _: FrameType | None) -> None:
+            name = signal.Signals(number).name
+            if self._stopping.is_set():
+                self._abandon(name)
+            self.stopped_by = name
+            self._stopping.set()
+            told(f"{name}: finishing what is in work, at most {IN_WORK} cases a worker; once more abandons them")
+
+        before = {one: signal.signal(one, heard) for one in (signal.SIGINT, signal.SIGTERM)}
         try:
-            if found.fault:
-                raise ScanError(f"{path}: {found.fault}")
-            others = [file_digest(file) for file in explainer.files_for(case)]
-            key = _digest({**recipe, "scan": [file_digest(file) for file in found.paths], "others": others})
-            record = self.record(case)
-            if record and record["provenance"].get("key") == key and self._whole(case, record):
-                return Outcome(case, path, "kept", record=record)
-            scan = read_case(found.paths, **self.scans.reading())
-            explanation = explainer(scan, case, **self.scans.reading())
-            explanation = replace(explanation, provenance={**explanation.provenance, "key": key})
-            explanation.save(self.folder)
-            explainer.forget(case)
-        except WriteError:
-            raise  # a disk that is full or gone fails every case alike: stop, and lose nothing that is done
-        except Exception as error:  # noqa: BLE001 - the one place that outlives any error: the next scan still counts
-            reason = str(error) if isinstance(error, VolsalError) else f"{type(error).__name__}: {error}"
-            seconds = time.monotonic() - clock
-            return Outcome(case, path, "failed", _one_line(reason), traceback.format_exc(), None, seconds)
-        return Outcome(case, path, "done", record=self.record(case), seconds=time.monotonic() - clock)
+            yield
+        finally:
+            for one, handler in before.items():
+                signal.signal(one, handler)
 
-    def record(self, case: str) -> dict[str, Any] | None:
-        """The case's ``case.json``; None where there is none or it is not one of ours."""
-        try:
-            content = json.loads((self.folder / case / CASE_FILE).read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError, ValueError):
-            return None
-        whole = isinstance(content, dict) and {"provenance", "prediction", "maps"} <= content.keys()
-        return content if whole else None
-
-    def _whole(self, case: str, record: dict[str, Any]) -> bool:
-        """Whether every map of the record is there, to the byte."""
-        files = {self.folder / case / name: sum_ for name, sum_ in files_of(record).items()}
-        return all(path.is_file() and sha256(path.read_bytes()).hexdigest() == sum_ for path, sum_ in files.items())
-
-    def _recipe(self, explainer: Explainer) -> dict[str, Any]:
-        """All that a case's result depends on, but the scan: a result is kept exactly while this stays the same."""
-        config = self.config
-        function = config.preprocess.function if isinstance(config.preprocess, FunctionSection) else ""
-        # Files of code that the config names; what they import in turn is not seen.
-        codes = [ref.rpartition(":")[0] for ref in (config.model.factory or "", function)] + [config.model.file or ""]
-        return {
-            "result_version": RESULT_VERSION,
-            "weights": explainer.weights_sha256,
-            "model": config.model.model_dump(exclude={"weights", "device"}),
-            "preprocess": repr(config.preprocess),
-            "methods": [explainer.names, [repr(method) for method in explainer.methods]],
-            "per_channel": config.per_channel,
-            "windows": config.windows.model_dump() if config.windows else None,
-            "targets": [repr(target) for target in explainer.targets],
-            "alignment": [self.alignment or config.alignment, repr(sorted(explainer.alignments.items(), key=repr))],
-            "scans": self.scans.reading(),
-            "code": [
-                sha256((config.folder / c).read_bytes()).hexdigest() for c in codes if c.endswith((".py", ".pt2"))
-            ],
-            # Both change a result's last bits.
-            "threads": torch.get_num_threads(),
-            "device": config.model.device,
-        }
+    def _abandon(self, name: str) -> None:
+        """End at once.  The cases in work are not suspected of anything: it was the user's will."""
+        for case in Attempts(self.folder.path).suspects():
+            Attempts(self.folder.path).end(case)
+        self.folder.log("ended", by=f"{name} twice")
+        os._exit(128 + signal.Signals[name].value)
 
     def _write_run(self, explainer: Explainer) -> None:
-        content = {
-            "config": self.config.model_dump(mode="json"),
-            "methods": explainer.names,
-            "weights_sha256": explainer.weights_sha256,
-            "cases": len(self.cases),
-            **environment(),
-        }
-        with replacing(self.folder / "run.json") as temporary:
-            temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+        before = self.folder.asked()
+        self.folder.write_run(
+            {
+                "config": self.config.model_dump(mode="json"),
+                "config_file": str(self.config.path),
+                "methods": explainer.names,
+                "weights_sha256": explainer.weights_sha256,
+                "result_version": RESULT_VERSION,
+                "cases": len(self.cases),
+                "notes": list(self.found.notes),
+                "threads": self.job.threads,
+                "workers": self.workers,
+                "first_began": before.get("first_began") or time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                **environment(),
+            }
+        )
 
-    def write_table(self, outcomes: Sequence[Outcome]) -> Path:
-        """``cases.csv``: one row per case and map; a case that failed has one row with its reason."""
-        path = self.folder / "cases.csv"
-        with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(_COLUMNS)
-            for outcome in outcomes:
-                writer.writerows([_safe_cell(cell) for cell in row] for row in _rows(outcome))
-        return path
+    def _log(self, outcome: Outcome) -> None:
+        about: dict[str, Any] = {"case": outcome.case, "status": outcome.status, "worker": outcome.worker}
+        if outcome.bad:
+            paths = self.cases[outcome.case].paths
+            about |= {"code": outcome.code, "reason": without_names(outcome.error or "", paths), "again": outcome.again}
+        if outcome.status != "kept" and not outcome.again:
+            about |= {"seconds": round(outcome.seconds, 3), "stages": outcome.stages}
+        self.folder.log("case", **about)
 
+    def _log_end(self, ended: str, seconds: float, tally: Tally) -> None:
+        with suppress(WriteError):  # of a full disk it is told by what ended the run
+            self.folder.log("ended", by=ended, seconds=seconds, states=dict(tally.states), codes=dict(tally.codes))
 
-_COLUMNS = (
-    "case", "status", "error", "prediction", "method", "target", "layer", "map_status", "maximum", "unit",
-    "peak_x_mm", "peak_y_mm", "peak_z_mm", "file",
-)  # fmt: skip
+    def left(self, tally: Tally) -> int:
+        """Cases that no outcome is known of."""
+        return len(self.cases) - tally.ended
 
-
-def _rows(outcome: Outcome) -> Iterator[list[Any]]:
-    if outcome.record is None:
-        yield [outcome.case, outcome.status, outcome.error, *[""] * (len(_COLUMNS) - 3)]
-        return
-    predicted = outcome.record["prediction"]
-    label = predicted["class_name"] or ("" if predicted["class"] is None else predicted["class"])
-    for entry in outcome.record["maps"]:
-        yield [
-            outcome.case, outcome.status, "", label, entry["name"], entry["target"], entry["layer"] or "input",
-            entry["status"], f"{entry['maximum']:.6g}", entry["unit"],
-            *([f"{mm:.2f}" for mm in entry["peak_mm"]] if entry["peak_mm"] else [""] * 3),
-            f"{outcome.case}/{entry['file']}",
-        ]  # fmt: skip
-
-
-def _safe_cell(cell: Any) -> Any:
-    """Text that a spreadsheet would take for a formula gets a leading apostrophe; numbers stay numbers."""
-    text = _one_line(str(cell))
-    is_number = text.lstrip("-").replace(".", "", 1).replace("e-", "", 1).replace("e+", "", 1).isdigit()
-    return f"'{text}" if text.startswith(("=", "+", "-", "@")) and not is_number else text
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.encode("utf-8", "backslashreplace").decode().split())
-
-
-def _digest(content: dict[str, Any]) -> str:
-    return sha256(json.dumps(content, sort_keys=True, default=repr).encode()).hexdigest()
+    def collect(self) -> Path:
+        """``cases.csv``, made of what the case folders say."""
+        return self.folder.collect()

@@ -53,8 +53,9 @@ def run_demo(folder: Path, train: bool, say: Say, watch: Callable[[Run], Iterabl
     for outcome in outcomes:
         if outcome.error:
             raise DemoError(f"{outcome.scan}: {outcome.error}")
-    run.write_table(outcomes)
+    run.collect()
     truth = json.loads((folder / "scans" / "truth.json").read_text())
+    outcomes.sort(key=lambda outcome: outcome.case)
     cases = [_Case(run, outcome, truth[outcome.scan.name]) for outcome in outcomes]
     for line in _report(cases):
         say(line)
@@ -101,7 +102,7 @@ class _Case:
         self.outcome = outcome
         self.truth = truth
         self.folder = run.folder / outcome.case
-        self.record = cast("dict[str, Any]", outcome.record)
+        self.record = cast("dict[str, Any]", run.folder.record(outcome.case))
 
     @property
     def has_lesion(self) -> bool:

@@ -54,6 +54,8 @@ def read_case(
         first, *others = _every_volume(files, reading)
     else:
         first, *others = [read_scan(path, volume, **reading) for path in files]
+    if not others:
+        return first
     placed = [_placed(first, scan, number, regrid) for number, scan in enumerate(others, 2)]
     notes = [*first.notes, *(note for scan in placed for note in scan.notes)]
     return replace(first, further=tuple(placed), notes=tuple(dict.fromkeys(notes)))

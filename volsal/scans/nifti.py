@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import gzip
+import io
 import math
 import os
 import warnings
 import zlib
+from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any, cast
 
 import nibabel as nib
 import numpy as np
+from isal import igzip, isal_zlib
 from nibabel.arrayproxy import ArrayProxy
 from nibabel.imageglobals import LoggingOutputSuppressor
 from nibabel.spatialimages import HeaderDataError
@@ -20,7 +22,7 @@ from numpy.typing import NDArray
 
 from volsal.grid import Grid, GridError
 from volsal.scans.limits import millimetres, require_room, require_spacing, rest_of
-from volsal.scans.scan import Reading, Scan, ScanError, file_digest, files_of, fill
+from volsal.scans.scan import Reading, Scan, ScanError, files_of, fill
 
 # Corner voxels of sform and qform may differ by this much before a person is told.
 _FORMS_AGREE_MM = 0.1
@@ -29,6 +31,8 @@ _HEADER_BYTES = 560  # the longer of the two versions, and its magic
 # What stands before the voxels, and after those that the header describes, is read up to these many bytes.
 _MOST_EXTENSIONS, _MOST_LEFT = 1 << 26, 1 << 28
 _GZIP = b"\x1f\x8b"
+_PIECE = 1 << 20  # bytes of voxels that are read and converted at a time
+_DAMAGED: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error, cast(type[Exception], isal_zlib.IsalError))
 
 
 def sniff(path: Path) -> bool:
@@ -40,9 +44,9 @@ def sniff(path: Path) -> bool:
         file.seek(0)
         if head == _GZIP:
             try:
-                with gzip.GzipFile(fileobj=file) as unzipped:
+                with igzip.IGzipFile(fileobj=file) as unzipped:
                     start = unzipped.read(_HEADER_BYTES)
-            except (OSError, EOFError, zlib.error) as error:
+            except _DAMAGED as error:
                 raise ScanError(f"{path}: the gzip stream is damaged ({error}); fetch the file again") from error
         else:
             start = file.read(_HEADER_BYTES)
@@ -82,7 +86,7 @@ def read(path: Path, reading: Reading) -> Scan:
         raise
     except MemoryError as error:
         raise ScanError(f"{path}: not enough memory on this machine for its voxels") from error
-    except (OSError, EOFError, zlib.error) as error:
+    except _DAMAGED as error:
         raise ScanError(f"{path}: the file is cut short or damaged ({_first_line(error)}); fetch it again") from error
     except (HeaderDataError, WrapStructError, nib.filebasedimages.ImageFileError, ValueError, RuntimeWarning) as error:
         raise ScanError(f"{path}: the NIfTI header makes no sense ({_first_line(error)})") from error
@@ -102,31 +106,75 @@ def _load(path: Path, volume: int | None) -> tuple[Any, NDArray[np.float32], str
     """Header as it stands in the file, voxels, digest, and how many bytes follow the voxels.
 
     nibabel mends what it finds odd in the header it hands out; what counts here is what the file says.  Extensions
-    are not read: they may be of any size, and nothing here needs them.
+    are not read: they may be of any size, and nothing here needs them.  The digest is of the very bytes that the
+    voxels were made of: the file is read once, to its end.
     """
     parts = files_of(path)
-    digest = file_digest(path)
-    with parts[-1].open("rb") as raw:
-        zipped = raw.read(2) == _GZIP
-        raw.seek(0)
-        stream: IO[bytes] = cast(IO[bytes], gzip.GzipFile(fileobj=raw)) if zipped else raw
-        start = stream.read(_HEADER_BYTES) if len(parts) == 1 else _start_of(parts[0])
+    digest = sha256()
+    start = b""
+    if len(parts) == 2:
+        with parts[0].open("rb") as file:
+            start = file.read(_HEADER_BYTES)
+            digest.update(start)
+            while rest := file.read(_PIECE):
+                digest.update(rest)
+    with parts[-1].open("rb") as file:
+        stream = _Stream(file, digest)
+        start = start or stream.start
         kind = cast(Any, _image_class(start)).header_class
         block = start[: kind.template_dtype.itemsize]
         header = kind(block)  # checked, and mended where that is possible
-        held = os.fstat(raw.fileno()).st_size
+        held = os.fstat(file.fileno()).st_size
         _require_near(path, header, held)
-        proxy = ArrayProxy(stream, kind(block, check=False), mmap=False)
-        array = _voxels(path, header, proxy, volume, held, zipped)
+        proxy = ArrayProxy(str(path), kind(block, check=False), mmap=False)
+        array = _voxels(path, header, proxy, volume, held, stream)
         described = math.prod(proxy.shape) * proxy.dtype.itemsize
-        stream.seek(proxy.offset + described)
-        left = rest_of(path, stream, max(described, _MOST_LEFT))
-    return kind(block, check=False), array, digest, left
+        stream.skip_to(proxy.offset + described)
+        left = rest_of(path, cast(IO[bytes], stream), max(described, _MOST_LEFT))
+    return kind(block, check=False), array, digest.hexdigest(), left
 
 
-def _start_of(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(_HEADER_BYTES)
+class _Hashed(io.RawIOBase):
+    """A file that is read from its start to its end, and hashed on the way."""
+
+    def __init__(self, file: io.BufferedReader, digest: Any) -> None:
+        self._file = file
+        self._digest = digest
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, room: Any) -> int:
+        count = self._file.readinto(room)
+        self._digest.update(memoryview(room)[:count])
+        return count
+
+
+class _Stream:
+    """The bytes of a file from the first to the last, unfolded where it is gzipped.
+
+    ``zipped`` says whether it is, and ``start`` holds what a header may take of it, not counted as read; ``digest``
+    takes in the file's own bytes as they are read.
+    """
+
+    def __init__(self, file: io.BufferedReader, digest: Any) -> None:
+        self.zipped = file.peek(2)[:2] == _GZIP
+        raw = _Hashed(file, digest)
+        self._bytes = cast(IO[bytes], igzip.IGzipFile(fileobj=raw) if self.zipped else io.BufferedReader(raw, _PIECE))
+        self._at = 0
+        self.start = self._ahead = self._bytes.read(_HEADER_BYTES)
+
+    def read(self, count: int) -> bytes:
+        """The next ``count`` bytes; fewer at the end."""
+        content, self._ahead = self._ahead[:count], self._ahead[count:]
+        content += self._bytes.read(count - len(content))
+        self._at += len(content)
+        return content
+
+    def skip_to(self, at: int) -> None:
+        """Leave out what comes before byte ``at``, as far as there is any."""
+        while self._at < at and self.read(min(at - self._at, _PIECE)):
+            pass
 
 
 def _require_near(path: Path, header: Any, held: int) -> None:
@@ -137,7 +185,7 @@ def _require_near(path: Path, header: Any, held: int) -> None:
 
 
 def _voxels(
-    path: Path, header: Any, proxy: ArrayProxy, volume: int | None, held: int, packed: bool
+    path: Path, header: Any, proxy: ArrayProxy, volume: int | None, held: int, stream: _Stream
 ) -> NDArray[np.float32]:
     shape, dtype = proxy.shape, proxy.dtype
     if dtype.fields or dtype.kind not in "iuf" or dtype.itemsize > 8:
@@ -145,7 +193,7 @@ def _voxels(
         raise ScanError(f"{path}: voxels of type {name}; volsal explains one real number per voxel")
     if any(n < 1 for n in shape):
         raise ScanError(f"{path}: an axis without voxels: shape {shape}")
-    require_room(path, shape, dtype.itemsize, held, packed)
+    require_room(path, shape, dtype.itemsize, held, stream.zipped)
     offset, slope, inter = proxy.offset, proxy.slope, proxy.inter
     if header.is_single and offset < header.single_vox_offset:
         raise ScanError(f"{path}: vox_offset {offset:g} points into the header, so the voxels cannot be found")
@@ -159,23 +207,38 @@ def _voxels(
         which = 0
     else:
         raise ScanError(f"{path}: {len(shape)}D, shape {shape}; volsal explains 3D scans")
-    array = _scaled(proxy, which)
+    array = _scaled(stream, proxy, which)
     if min(array.shape) < 2:
         raise ScanError(f"{path}: shape {array.shape} is a single slice (2D); volsal explains volumes")
     return array
 
 
-def _scaled(proxy: Any, which: int) -> NDArray[np.float32]:
-    """One volume's stored values times slope plus intercept, in float64 a slice at a time: never all in float64."""
-    start = proxy.offset + which * math.prod(proxy.shape[:3]) * proxy.dtype.itemsize
-    one = ArrayProxy(proxy.file_like, (proxy.shape[:3], proxy.dtype, start), mmap=False, order="F")
-    stored = one.get_unscaled()
-    if (proxy.slope, proxy.inter) == (1, 0):
-        return np.ascontiguousarray(stored, dtype=np.float32)
-    array = np.empty(stored.shape, np.float32)
-    for k in range(stored.shape[2]):
-        array[..., k] = stored[..., k] * np.float64(proxy.slope) + np.float64(proxy.inter)
-    return array
+def _scaled(stream: _Stream, proxy: Any, which: int) -> NDArray[np.float32]:
+    """One volume's stored values times slope plus intercept, (I, J, K), the first axis fastest, as in the file.
+
+    A few MB are read at a time and go straight to their place, scaled in float64: neither the stored values nor those
+    in float64 are ever there as a whole.
+
+    Raises
+    ------
+    EOFError
+        Where the stream ends before the voxels do.
+    """
+    dtype = proxy.dtype
+    array = np.empty(proxy.shape[2::-1], np.float32)
+    values = array.reshape(-1)
+    stream.skip_to(proxy.offset + which * values.size * dtype.itemsize)
+    at, plain = 0, (proxy.slope, proxy.inter) == (1, 0)
+    while at < values.size:
+        wanted = min(_PIECE, (values.size - at) * dtype.itemsize)
+        piece = stream.read(wanted)
+        if len(piece) < wanted:
+            raise EOFError(f"{values.size:,} voxels expected, {at + len(piece) // dtype.itemsize:,} found")
+        stored = np.frombuffer(piece, dtype)
+        scaled = stored if plain else stored * np.float64(proxy.slope) + np.float64(proxy.inter)
+        values[at : at + len(stored)] = scaled
+        at += len(stored)
+    return array.transpose()
 
 
 def _which(path: Path, count: int, volume: int | None) -> int:
@@ -202,7 +265,10 @@ def _place(path: Path, header: Any, shape: tuple[int, ...], reading: Reading) ->
     grids = _stated_grids(path, header, shape, reading.form, notes)
     used = next(iter(grids), "none")
     if used == "none":
-        grids["none"] = Grid(shape, header.get_base_affine())
+        try:
+            grids["none"] = Grid(shape, header.get_base_affine())
+        except GridError as error:
+            raise ScanError(f"{path}: it states no orientation, and its pixdim is unusable: {error}") from error
         notes.append("the file states no orientation (sform and qform code 0): left and right are a guess")
     if len(grids) == 2:
         notes += _compare(path, grids["sform"], grids["qform"], reading.strict)

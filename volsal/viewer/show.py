@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from volsal.display import PLANES, PlaneName, Upright, in_words, letters, limits, mirrored, peak_mm, verdict
 from volsal.errors import VolsalError
 from volsal.grid import GridError
+from volsal.run_folder import RunFolder
 from volsal.scans import Scan, read_scan
 from volsal.scans.dicom import sniff as sniff_dicom
 from volsal.viewer.layers import map_layer, napari_world, scan_layer, true_world
@@ -215,7 +216,8 @@ def _case_scan(folder: Path, said: Mapping[str, Any]) -> Scan:
     if path is None:
         raise ViewerError(f"{folder}: its scan {said['path']} is not there any more; name the scan and the map files")
     form = said["form"] if said["form"] in ("sform", "qform") else None
-    choices: dict[str, Any] = {name: said.get(name) for name in ("nan", "series", "slices")}
+    choices: dict[str, Any] = {name: said.get(name) for name in ("nan", "slices")}
+    choices["series"] = RunFolder(folder.parent).series_of(path, said.get("series"))
     return read_scan(path, volume=said["volume"], form=form, **choices)
 
 

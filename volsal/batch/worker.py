@@ -1,0 +1,473 @@
+"""One process's share of a run: the model, and the line of reading, computing and writing that cases go along.
+
+The three stages each have a thread of their own, so that one scan is read while another is computed and a third
+written; more are never in memory.  What a case gives does not depend on what is beside it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+
+from volsal.batch.attempts import Attempts, Deaths
+from volsal.batch.recipe import key_of, recipe_of
+from volsal.config import Config
+from volsal.errors import VolsalError
+from volsal.explain import PARTIAL, Answer, Explainer, Progress, Ready
+from volsal.explanation import RESULT_VERSION, TakenError
+from volsal.run_folder import CASE_FILE, FAULT_FILE, Fault, RunFolder, one_line
+from volsal.scans import ScanError, read_case
+from volsal.scans.find import SUFFIXES, Case, without_uids
+from volsal.scans.scan import file_digest
+from volsal.scans.write import WriteError
+
+# Cases that are in work at once: one in each stage.
+IN_WORK = 3
+# How long a case that was told to stop is waited for.
+_GRACE_S = 10.0
+# A case over which this many processes died, with no other case beside it, is not tried again.
+_DEATHS = 3
+
+Status = Literal["done", "kept", "refused", "failed"]
+T = TypeVar("T")
+
+
+class OverTimeError(VolsalError, TimeoutError):
+    """A case took longer than it may."""
+
+
+class StuckError(VolsalError, RuntimeError):
+    """A case took too long and cannot be stopped: this process is of no more use."""
+
+
+class WorkerError(VolsalError, RuntimeError):
+    """A process that cannot take part in a run."""
+
+
+class ChangedError(ScanError):
+    """A file changed while it was being read."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one case.
+
+    Attributes
+    ----------
+    case, scan : its id and its file (the first channel's)
+    status : ``done``; ``kept``: an earlier run's result that still holds; ``refused``: something is wrong that is told
+        and can be mended; ``failed``: it broke.  An earlier run's fault that still holds keeps its status
+    code : the kind of fault, in one word
+    error : why it is refused or failed, in one line; ``trace`` the traceback
+    again : whether the fault is an earlier run's, and nothing was tried now
+    seconds : how long it took; ``stages``: each stage's own part of it
+    maps : name, target and status of each map
+    notes : what is to be told of the result
+    worker : where it was done: host and process
+    """
+
+    case: str
+    scan: Path
+    status: Status
+    code: str = ""
+    error: str | None = None
+    trace: str | None = None
+    again: bool = False
+    seconds: float = 0.0
+    stages: dict[str, float] = field(default_factory=dict)
+    maps: tuple[tuple[str, str, str], ...] = ()
+    notes: tuple[str, ...] = ()
+    worker: str = ""
+
+    @property
+    def bad(self) -> bool:
+        """Whether the case has no result."""
+        return self.status in ("refused", "failed")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a process needs to know to take part in a run; small, and can be sent to another machine.
+
+    Attributes
+    ----------
+    config, methods, targets, alignment : as for :meth:`volsal.explain.Explainer.from_config`
+    folder : the run's, on storage that all processes see
+    threads : CPU threads of each process
+    time_limit_s : what one case may take in each stage
+    retry : whether cases that an earlier run refused or failed are tried again as they are
+    recipe : what every result depends on (see :func:`volsal.batch.recipe.recipe_of`), as the process that began the
+        run saw it; the others must see the same
+    """
+
+    config: Config
+    folder: Path
+    methods: tuple[str, ...] | None = None
+    targets: tuple[str | int, ...] | None = None
+    alignment: str | None = None
+    threads: int = 1
+    time_limit_s: float = 1800.0
+    retry: bool = False
+    recipe: Mapping[str, Any] | None = None
+
+    @property
+    def partial(self) -> Path:
+        """Where long methods keep what they have of a case."""
+        return self.folder / PARTIAL
+
+    def explainer(self, progress: Progress | None = None, keep: Path | None = None) -> Explainer:
+        """The config's explainer, with the run's thread count set in this process."""
+        torch.set_num_threads(self.threads)
+        return Explainer.from_config(
+            self.config, self.methods, self.targets, self.alignment, progress=progress, keep=keep
+        )
+
+
+class Worker:
+    """A process that does cases of a job, up to :data:`IN_WORK` at a time: call it from as many threads."""
+
+    def __init__(self, job: Job, explainer: Explainer | None = None) -> None:
+        self.name = f"{socket.gethostname()}:{os.getpid()}"
+        self.job = job
+        self.folder = RunFolder(job.folder)
+        self.attempts = Attempts(job.folder)
+        self.explainer = explainer or job.explainer(keep=job.partial)
+        self.recipe = recipe_of(job.config, self.explainer, RESULT_VERSION)
+        self._require_same_recipe()
+        self.stuck: StuckError | None = None
+        self._stages = {name: _Stage(name) for name in ("read", "compute", "write")}
+        self._room = _Room()
+        scans = job.config.scans
+        self._reading = scans.reading() if scans else {}
+        self._salt = self.folder.salt() if scans and scans.identifiers == "hashed" else None
+
+    def __call__(self, case: Case) -> Outcome:
+        """Do one case.
+
+        Raises
+        ------
+        WriteError
+            Where the disk refuses: that is the run's end, for it would refuse the next case alike.
+        StuckError
+            Where an earlier case took too long and cannot be stopped.
+        """
+        if self.stuck:
+            raise self.stuck
+        clock = time.monotonic()
+        before = self.attempts.of(case.id)
+        with self._room.alone() if before else self._room.beside_others():
+            self.attempts.begin(case.id, before)
+            try:
+                outcome = self._guarded(case, before)
+            finally:
+                self.attempts.end(case.id)
+        return replace(outcome, seconds=time.monotonic() - clock, worker=self.name)
+
+    def close(self) -> None:
+        """Let the stages' threads end.  Cases that are in work are waited for."""
+        for stage in self._stages.values():
+            stage.close()
+
+    def _require_same_recipe(self) -> None:
+        for name, expected in (self.job.recipe or {}).items():
+            # Where a process computes is its own matter; what it computes is not.
+            if name != "device" and self.recipe[name] != expected:
+                raise WorkerError(
+                    f"{self.name}: this worker's {name} is not that of the process which began the run; do both see "
+                    f"the same files below {self.job.config.folder}, and the same volsal?"
+                )
+
+    def _guarded(self, case: Case, before: Deaths) -> Outcome:
+        """The case's outcome, whatever happens; a fault is written into its folder."""
+        try:
+            if case.fault:
+                raise ScanError(f"{_scan_of(case)}: {case.fault}")
+            digests = self._in("read", partial(_digests, case)) if self._is_known(case) else None
+            earlier = self._earlier(case, self._key(case, digests)) if digests else None
+            if earlier:
+                return earlier
+            if before.alone >= _DEATHS:
+                raise _WorkerLostError(
+                    f"{before.alone} processes died over this case with no other beside it; it is not tried again "
+                    "(--retry-failed does)"
+                )
+            return self._done(case, digests)
+        except (WriteError, StuckError) as error:
+            if isinstance(error, TakenError):  # of this case alone
+                return self._fault(case, error)
+            raise
+        except Exception as error:  # noqa: BLE001 - the one place that outlives any error: the next scan still counts
+            return self._fault(case, error)
+
+    def _done(self, case: Case, digests: list[str] | None) -> Outcome:
+        try:
+            return self._through(case, digests, lean=False)
+        except (VolsalError, MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        # Outside of the except block, which would hold on to what the first try had allocated.
+        with self._room.alone_instead():
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            return self._through(case, digests, lean=True)
+
+    def _through(self, case: Case, digests: list[str] | None, lean: bool) -> Outcome:
+        """The case along the line of stages."""
+        clocks: dict[str, float] = {}
+        ready, key = self._in("read", partial(self._read, case, digests), clocks)
+        answer = self._in("compute", partial(self._answer, case, ready, lean), clocks)
+        del ready
+        maps, notes = self._in("write", partial(self._write, case, key, answer), clocks)
+        return Outcome(case.id, case.paths[0], "done", stages=clocks, maps=maps, notes=notes)
+
+    def _in(self, stage: str, work: Callable[[], T], clocks: dict[str, float] | None = None) -> T:
+        if self.stuck:
+            raise self.stuck
+        try:
+            value, seconds = self._stages[stage].run(work, self.job.time_limit_s)
+        except StuckError as error:
+            if stage != "read":  # a read that hangs is left alone; what hangs elsewhere holds the model, or the disk
+                self.stuck = error
+            raise OverTimeError(str(error)) from None
+        if clocks is not None:
+            clocks[stage] = round(seconds, 4)
+        return value
+
+    def _is_known(self, case: Case) -> bool:
+        """Whether an earlier run may have made something of the case."""
+        return any((self.job.folder / case.id / name).exists() for name in (CASE_FILE, FAULT_FILE))
+
+    def _key(self, case: Case, digests: list[str]) -> str:
+        others = [*self.explainer.files_for(case.id), *(v for v in case.given.values() if isinstance(v, Path))]
+        return key_of(self.recipe, digests, others, case.given)
+
+    def _earlier(self, case: Case, key: str) -> Outcome | None:
+        """What an earlier run made of the same inputs and settings."""
+        record = self.folder.record(case.id)
+        if record and record["provenance"].get("key") == key and self.folder.is_whole(case.id, record):
+            self.folder.clear(case.id)
+            maps = tuple((entry["name"], entry["target"], entry["status"]) for entry in record["maps"])
+            return Outcome(case.id, case.paths[0], "kept", maps=maps, notes=tuple(record["notes"]))
+        fault = self.folder.fault(case.id)
+        if fault and fault.key == key and not self.job.retry:
+            return Outcome(case.id, case.paths[0], fault.status, fault.code, fault.reason, fault.trace, again=True)
+        return None
+
+    def _read(self, case: Case, before: list[str] | None) -> tuple[Ready, str]:
+        """What the model will see, and the result's key, made of the very bytes that were read."""
+        scan = read_case(case.paths, **self._reading)
+        files = [one for one in (scan, *scan.further) if one.path and one.path.name.lower().endswith(SUFFIXES)]
+        read = [one.sha256 for one in files if one.sha256]
+        if len(read) != len(case.paths):  # folders of DICOM files, several volumes of one file
+            read = before or _digests(case)
+        if before and read != before:
+            raise ChangedError(f"{scan}: changed while it was being read; run again when nothing writes to it")
+        return self.explainer.prepare(scan, case.id, **self._reading), self._key(case, read)
+
+    def _answer(self, case: Case, ready: Ready, lean: bool) -> Answer:
+        return self.explainer.answer(ready, given=case.given or None, lean=lean)
+
+    def _write(self, case: Case, key: str, answer: Answer) -> tuple[Any, tuple[str, ...]]:
+        explanation = self.explainer.carry(answer)
+        explanation = replace(explanation, provenance={**explanation.provenance, "key": key})
+        if self._salt:
+            explanation = explanation.pseudonymous(self._salt)
+        explanation.save(self.folder.path, self.job.config.maps.stored_as)
+        self.folder.clear(case.id)
+        self.explainer.forget(case.id)
+        maps = tuple((heatmap.method_name, heatmap.target, heatmap.status) for heatmap in explanation.maps)
+        return maps, explanation.notes
+
+    def _fault(self, case: Case, error: Exception) -> Outcome:
+        status, code = kind_of(error)
+        reason = str(error) if isinstance(error, VolsalError) else f"{type(error).__name__}: {error}"
+        if code == "memory":
+            reason = f"out of memory, also with one method at a time: {reason}"
+        trace = "".join(traceback.format_exception(error))
+        if self._salt:
+            reason, trace = without_uids(reason, self._salt), without_uids(trace, self._salt)
+        fault = Fault(status, code, one_line(reason), self._key_of_fault(case), trace)
+        self.folder.write_fault(case.id, fault)
+        return Outcome(case.id, _scan_of(case), status, code, fault.reason, trace)
+
+    def _key_of_fault(self, case: Case) -> str:
+        """What a fault depends on; "" where the files cannot even be read, so that it is tried again the next time."""
+        try:
+            return self._key(case, _digests(case)) if not case.fault else ""
+        except (VolsalError, OSError):
+            return ""
+
+
+class _WorkerLostError(VolsalError, RuntimeError):
+    """A case over which processes died."""
+
+
+def kind_of(error: BaseException) -> tuple[Literal["refused", "failed"], str]:
+    """Whether an error is of those that are told and can be mended, and its kind in one word."""
+    if is_out_of_memory(error):
+        return "failed", "memory"
+    if isinstance(error, OverTimeError):
+        return "failed", "time-limit"
+    if isinstance(error, _WorkerLostError):
+        return "failed", "worker-lost"
+    if isinstance(error, VolsalError):
+        name = type(error).__name__.removesuffix("Error")
+        return "refused", "".join(f"-{c.lower()}" if c.isupper() else c for c in name).lstrip("-")
+    return "failed", "error"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error``, or what it came from, is that memory could not be had."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, (MemoryError, torch.OutOfMemoryError)):
+            return True
+        # The CPU's allocator of torch raises a plain RuntimeError.
+        if isinstance(seen, RuntimeError) and "can't allocate memory" in str(seen):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def _digests(case: Case) -> list[str]:
+    return [file_digest(path) for path in case.paths]
+
+
+def _scan_of(case: Case) -> Path:
+    return case.paths[0] if case.paths else Path()
+
+
+class _Stage:
+    """One thread, which does one thing at a time and can be asked to stop."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._turn = threading.Lock()
+        self._pool = self._new()
+
+    def run(self, work: Callable[[], T], limit_s: float) -> tuple[T, float]:
+        """What ``work`` gives, and its seconds.  The limit counts from when it begins, not from when it is asked for.
+
+        Raises
+        ------
+        OverTimeError
+            Where it took longer and was stopped.
+        StuckError
+            Where it took longer and could not be stopped: it hangs outside of Python.  Its thread is left to itself.
+        """
+        with self._turn:
+            thread: Future[int] = Future()
+
+            def timed() -> tuple[T, float]:
+                thread.set_result(threading.get_ident())
+                clock = time.monotonic()
+                return work(), time.monotonic() - clock
+
+            future = self._pool.submit(timed)
+            try:
+                return future.result(limit_s)
+            except TimeoutError:
+                if future.done():
+                    raise  # the work's own
+            try:
+                return self._stopped(future, thread.result(), limit_s)
+            finally:
+                # The exception may have come too late for the work, and have hit its thread.
+                self._pool.shutdown(wait=False)
+                self._pool = self._new()
+
+    def _stopped(self, future: Future[tuple[T, float]], thread: int, limit_s: float) -> tuple[T, float]:
+        """Raise an exception in the middle of the work; its result where it ends well all the same."""
+        said = f"took longer than {limit_s:g} s to {self._name} (time_limit in the config's batch, or --time-limit)"
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(OverTimeError))
+        try:
+            return future.result(_GRACE_S)
+        except OverTimeError:
+            raise OverTimeError(said) from None
+        except TimeoutError:
+            raise StuckError(f"{said}, and cannot be stopped") from None
+
+    def _new(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(1, thread_name_prefix=f"volsal-{self._name}")
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True)
+
+
+class _Room:
+    """Where cases are beside each other, or one is alone."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._inside = 0
+        self._waiting = 0
+        self._closed = False
+
+    @contextmanager
+    def beside_others(self) -> Iterator[None]:
+        with self._changed:
+            # One who waits to be alone goes first, or might wait for ever.
+            self._changed.wait_for(lambda: not self._closed and not self._waiting)
+            self._inside += 1
+        try:
+            yield
+        finally:
+            self._leave()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        with self._changed:
+            self._enter_alone()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._closed = False
+                self._changed.notify_all()
+            self._leave()
+
+    @contextmanager
+    def alone_instead(self) -> Iterator[None]:
+        """For one who is inside already: alone from here to the end of the block, and beside others again after it."""
+        with self._changed:
+            if self._closed:  # it is alone as it is
+                alone = True
+            else:
+                alone = False
+                self._inside -= 1
+                self._changed.notify_all()
+                self._enter_alone()
+        try:
+            yield
+        finally:
+            if not alone:
+                with self._changed:
+                    self._closed = False
+                    self._changed.notify_all()
+
+    def _enter_alone(self) -> None:
+        self._waiting += 1
+        self._changed.wait_for(lambda: not self._closed and not self._inside)
+        self._waiting -= 1
+        self._closed = True
+        self._inside += 1
+
+    def _leave(self) -> None:
+        with self._changed:
+            self._inside -= 1
+            self._changed.notify_all()
