@@ -315,3 +315,18 @@ def test_a_grid_is_part_of_the_public_api():
     assert "Explainer" in dir(volsal)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = volsal.nothing
+
+
+def test_once_it_is_ready_a_scan_may_forget_its_voxels(scan_file, model):
+    explainer = Explainer(model, None, ["grad-cam", "input-gradient"], ["class-1"])
+    ready = explainer.prepare(scan_file())
+    forgetful = ready.without_voxels()
+    assert forgetful.scan.array.base.nbytes == 4
+    assert ready.scan.array.any()
+    assert not explainer.draws
+    assert Explainer(model, None, GradCAM(features=2)).draws
+    for one, other in zip(
+        explainer.carry(explainer.answer(ready)).maps, explainer.carry(explainer.answer(forgetful)).maps, strict=True
+    ):
+        np.testing.assert_array_equal(one.values, other.values)
+        assert one.peak_mm == other.peak_mm

@@ -90,6 +90,10 @@ class Ready:
     started: datetime
     seconds: float
 
+    def without_voxels(self) -> Ready:
+        """The same, the scan's own voxels forgotten: from here on they are for pictures alone, and a CT's are large."""
+        return replace(self, scan=self.scan.without_voxels())
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -382,6 +386,11 @@ class Explainer:
                 "seconds": round(seconds, 3),
             },
         )
+
+    @property
+    def draws(self) -> bool:
+        """Whether saving a result makes pictures of the scan: those of a layer's feature maps."""
+        return any(getattr(base, "features", None) for method in self.methods for base in bases(method))
 
     def context(self, grid: Grid, case: str, scan: Scan, align: AlignmentRule | None = None, **reading: Any) -> Context:
         """What methods and targets may know of a scan whose model input lies on ``grid``.

@@ -17,12 +17,12 @@ import csv
 import json
 import os
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from volsal.errors import VolsalError
 from volsal.scans.find import pseudonym
@@ -92,12 +92,13 @@ class RunFolder:
 
     def inputs(self) -> dict[str, dict[str, Any]]:
         """Every input that the last run found, by case id."""
-        return (_read(self.path / INPUTS_FILE) or {}).get("cases", {})
+        cases = (_read(self.path / INPUTS_FILE) or {}).get("cases")
+        return {case: about for case, about in cases.items() if isinstance(about, dict)} if _is_dict(cases) else {}
 
     def record(self, case: str) -> dict[str, Any] | None:
         """The case's ``case.json``; None where there is none or it is not one of ours."""
         content = _read(self.path / case / CASE_FILE)
-        return content if content and {"provenance", "prediction", "maps"} <= content.keys() else None
+        return content if content and _is_record(content) else None
 
     def fault(self, case: str) -> Fault | None:
         """Why the case has no result; None where it has one, or was not tried."""
@@ -143,11 +144,12 @@ class RunFolder:
 
     def clear(self, case: str) -> None:
         """Forget a case's fault, and what a process that was killed left half written in its folder."""
-        home = self.path / case
-        if not home.is_dir():
-            return
-        (home / FAULT_FILE).unlink(missing_ok=True)
-        for leftover in home.glob(".volsal-*"):
+        (self.path / case / FAULT_FILE).unlink(missing_ok=True)
+        self.sweep(case)
+
+    def sweep(self, case: str) -> None:
+        """Remove what a process that was killed left half written in a case's folder."""
+        for leftover in (self.path / case).glob(".volsal-*"):
             leftover.unlink(missing_ok=True)
 
     def log(self, event: str, **about: Any) -> None:
@@ -256,6 +258,10 @@ _COLUMNS = (
 )  # fmt: skip
 
 
+# What a record says of every map.
+_MAP = frozenset(("name", "file", "sha256", "target", "layer", "status", "maximum", "unit", "peak_mm"))
+
+
 def files_of(record: Mapping[str, Any]) -> dict[str, str]:
     """The files that a case's record names beside itself, with the SHA-256 of each."""
     files = {}
@@ -280,20 +286,28 @@ def one_line(text: str) -> str:
     return " ".join(text.encode("utf-8", "backslashreplace").decode().split())
 
 
-def without_names(text: str, paths: Iterable[Path]) -> str:
-    """``text`` without the names of a case's files and folders, which may be a patient's."""
-    for path in paths:
-        for name in (str(path.absolute()), str(path), path.name):
-            text = text.replace(name, "the scan")
-    return text
-
-
 def _read(path: Path) -> dict[str, Any] | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
         return None
-    return content if isinstance(content, dict) else None
+    return content if _is_dict(content) else None
+
+
+def _is_record(content: Mapping[str, Any]) -> bool:
+    """Whether a ``case.json`` is one that volsal wrote, so that all that is asked of it is there."""
+    maps = content.get("maps")
+    return (
+        _is_dict(content.get("provenance"))
+        and _is_dict(content.get("prediction"))
+        and isinstance(content.get("notes"), list)
+        and isinstance(maps, list)
+        and all(_is_dict(entry) and entry.keys() >= _MAP for entry in maps)
+    )
+
+
+def _is_dict(content: Any) -> TypeGuard[dict[str, Any]]:
+    return isinstance(content, dict)
 
 
 def _write(path: Path, content: Mapping[str, Any] | Sequence[Any]) -> None:

@@ -141,7 +141,7 @@ def test_options_that_say_how_a_scan_is_read(place, scan_file):
     image.set_sform(moved, 1)
     nib.save(image, path)
     assert "place a corner 0.5 mm apart" in explain(place, path, "--volume", "all", "--strict-geometry").output
-    assert "say with what (--nan)" in explain(place, path, "--volume", "all").output
+    assert "say with what (--nan, or nan: in the config's scans)" in explain(place, path, "--volume", "all").output
     result = explain(place, path, "--volume", "all", "--nan", "-1024")
     assert result.exit_code == 0, result.output
     assert "1 of 1,680 voxels were NaN or infinite and became -1024" in result.output

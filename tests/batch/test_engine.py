@@ -16,6 +16,8 @@ import pytest
 
 from volsal.batch import Run
 from volsal.batch.engine import Dask, without_devices
+from volsal.batch.status import status_of
+from volsal.batch.worker import WorkerError
 from volsal.config import ConfigError, load_config
 
 pytest.importorskip("distributed", reason="workers need the extra 'cluster'")
@@ -40,7 +42,7 @@ def volsal(*arguments, **options):
 
 
 def test_workers_give_what_one_process_gives_and_a_case_that_kills_them_is_set_aside(config, accident, kill, tmp_path):
-    path = config({"700": "die"})
+    path = config({"700": "die"}, batch={"attempts": 2})
     assert {o.status for o in Run(load_config(path)).execute()} == {"done"}
     accident("poison", 700)
     run = Run(load_config(path), tmp_path / "spread", workers=2)
@@ -49,7 +51,7 @@ def test_workers_give_what_one_process_gives_and_a_case_that_kills_them_is_set_a
     assert {o.status for case, o in outcomes.items() if case != "poison"} <= {"done", "kept"}
     assert sorted(outcomes) == ["a", "poison", "sub-b", "sub-c"]
     assert (outcomes["poison"].status, outcomes["poison"].code) == ("failed", "worker-lost")
-    assert "3 processes died over this case" in outcomes["poison"].error
+    assert "2 processes died over this case" in outcomes["poison"].error
     assert len({o.worker for o in outcomes.values()} - {""}) >= 1
     spread = {name: digest for name, digest in kill.tree(tmp_path / "spread").items() if "poison" not in name}
     assert spread == kill.tree(tmp_path / "out")
@@ -61,7 +63,7 @@ def test_a_cluster_is_attached_to_by_address_and_a_worker_that_dies_loses_nothin
     for number in range(12):
         scan_file(f"scans/more{number:02}.nii.gz", shape=(24, 24, 24))
     path = config()
-    with LocalCluster(n_workers=2, threads_per_worker=2, dashboard_address=None, memory_limit=0) as cluster:
+    with LocalCluster(n_workers=2, threads_per_worker=2, dashboard_address="127.0.0.1:0", memory_limit=0) as cluster:
         pids = [worker.process.pid for worker in cluster.workers.values()]
         told, ended = [], []
         for outcome in Run(load_config(path), scheduler=cluster.scheduler_address).watch(told=told.append):
@@ -81,6 +83,57 @@ def test_no_scheduler_at_the_address_is_said(config, monkeypatch):
     monkeypatch.setattr(distributed, "Client", lambda address, **rest: real(address, **{**rest, "timeout": "1s"}))
     with pytest.raises(ConfigError, match="no Dask scheduler answers there"):
         list(Run(load_config(config()), scheduler="tcp://127.0.0.1:9").execute())
+
+
+@pytest.mark.parametrize("address", ["nonsense", "node1:8786", "http://node1:8786", "tcp://node1"])
+def test_what_is_no_address_is_said_at_once(config, address):
+    with pytest.raises(ConfigError, match="not an address; a scheduler prints its own"):
+        list(Run(load_config(config()), scheduler=address).execute())
+
+
+def test_a_scheduler_that_goes_away_ends_the_run_and_blames_no_case(config, scan_file, tmp_path):
+    for number in range(150):
+        scan_file(f"scans/more{number:03}.nii.gz", shape=(24, 24, 24))
+    path, where = config(), tmp_path / "scheduler.json"
+    arguments = {
+        "scheduler": ["--port", "0", "--dashboard-address", "127.0.0.1:0", "--host", "127.0.0.1"],
+        "worker": ["--nthreads", "3"],
+    }
+    beside = ["--scheduler-file", str(where)]
+    cluster = {
+        role: subprocess.Popen(
+            [sys.executable, "-c", f"from distributed.cli.dask_{role} import main; main()", *more, *beside],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for role, more in arguments.items()
+    }
+    try:
+        _await(where.exists)
+        run = Run(load_config(path), scheduler=json.loads(where.read_text())["address"])
+        outcomes = run.execute()
+        first = [next(outcomes), next(outcomes)]
+        cluster["scheduler"].kill()
+        with pytest.raises(WorkerError, match=r"scheduler no longer answers .* what is done is kept"):
+            list(outcomes)
+    finally:
+        for process in cluster.values():
+            process.kill()
+            process.wait()
+    found = status_of(run.folder)
+    assert (found.ended, found.states["failed"], found.states["refused"]) == ("fault", 0, 0)
+    assert len(first) <= found.states["done"] < 153
+
+
+def test_a_run_that_is_ignorant_of_hangups_stays_so(config, tmp_path):
+    script = "import signal, sys\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\nfrom volsal.cli import main\nmain()"
+    command = [sys.executable, "-c", script, "run", str(config())]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    _await(lambda: (tmp_path / "out" / "run.log.jsonl").exists())
+    run.send_signal(signal.SIGHUP)
+    out, err = run.communicate(timeout=60)
+    assert run.returncode == 0, err
+    assert "3 done" in out
 
 
 def test_without_dask_the_extra_is_named(config, monkeypatch):
@@ -104,7 +157,9 @@ def test_a_worker_that_sees_another_model_is_refused(config):
         list(replace(engine, job=replace(run.job, recipe=wrong)).outcomes(list(run.cases.values()), threading.Event()))
 
 
-@pytest.mark.parametrize(("number", "status", "workers"), [(signal.SIGINT, 130, 2), (signal.SIGTERM, 143, 1)])
+@pytest.mark.parametrize(
+    ("number", "status", "workers"), [(signal.SIGINT, 130, 2), (signal.SIGTERM, 143, 1), (signal.SIGHUP, 129, 1)]
+)
 def test_a_signal_finishes_what_is_in_work_and_says_how_to_go_on(config, scan_file, tmp_path, number, status, workers):
     for more in range(150):
         scan_file(f"scans/more{more:03}.nii.gz", shape=(24, 24, 24))

@@ -1,8 +1,15 @@
 """What goes wrong with one case, and what becomes of the others."""
 
+import errno
 import json
 import os
+import shutil
+import subprocess
+import sys
 import threading
+from functools import partial
+from pathlib import Path
+from tempfile import mkdtemp
 
 import pytest
 
@@ -11,8 +18,11 @@ from volsal.batch.attempts import Attempts, Deaths
 from volsal.batch.lock import LockedError, holder, locked
 from volsal.batch.status import status_of
 from volsal.batch.worker import Job, OverTimeError, StuckError, Worker, _Room, _Stage, is_out_of_memory
-from volsal.config import load_config
-from volsal.run_folder import Fault, RunFolder, RunFolderError, without_names
+from volsal.config import ConfigError, load_config
+from volsal.run_folder import Fault, RunFolder, RunFolderError
+from volsal.scans.write import WriteError, replacing
+
+mkdir = Path.mkdir
 
 
 def execute(path, **options):
@@ -137,24 +147,251 @@ def test_a_case_that_hangs_is_stopped_and_the_others_go_on(config, accident):
     assert "took longer than 1 s to compute" in outcomes["slow"].error
 
 
-def test_a_stage_that_hangs_outside_of_python_is_given_up(monkeypatch):
+@pytest.mark.parametrize("holds", [False, True])
+def test_a_stage_that_hangs_outside_of_python_is_given_up(monkeypatch, holds):
     monkeypatch.setattr("volsal.batch.worker._GRACE_S", 0.2)
-    stage, release = _Stage("read"), threading.Event()
+    stage, release = _Stage("read", holds), threading.Event()
+    waiting, begun = [], []
+
+    def next_one():
+        try:
+            waiting.append(stage.run(lambda: begun.append(1) or 5, 10)[0])
+        except StuckError as error:
+            waiting.append(error)
+
+    other = threading.Thread(target=next_one)
     try:
-        with pytest.raises(StuckError, match=r"longer than 0\.1 s to read.*cannot be stopped"):
+        threading.Timer(0.05, other.start).start()  # waits for its turn while the first one hangs
+        with pytest.raises(OverTimeError, match=r"longer than 0\.1 s to read.*could not be stopped"):
             stage.run(release.wait, 0.1)  # a wait without an end is not interrupted by an exception
-        assert stage.run(lambda: 5, 10)[0] == 5
+        other.join(10)
+        if holds:
+            assert begun == [], "it would hang as well, and be blamed for it"
+            assert "a case that took too long to read cannot be stopped" in str(waiting[0])
+        else:
+            assert waiting == [5]
     finally:
         release.set()
 
 
 def test_a_stage_passes_on_what_its_work_raises():
-    stage = _Stage("read")
+    stage = _Stage("read", holds=True)
     with pytest.raises(TimeoutError, match="the file server"):
         stage.run(lambda: (_ for _ in ()).throw(TimeoutError("the file server")), 10)
     with pytest.raises(OverTimeError):
         stage.run(lambda: [threading.Event().wait(0.01) for _ in range(10**6)], 0.1)
     assert stage.run(lambda: 5, 10)[0] == 5
+    stage.close()
+
+
+def test_work_that_deals_with_being_stopped_gives_no_result_and_no_other_error():
+    stage = _Stage("write", holds=True)
+
+    def takes_it_for_its_own():
+        try:
+            while True:
+                threading.Event().wait(0.01)
+        except Exception:  # noqa: BLE001 - as code does that has a second way
+            return "by the second way"
+
+    def as_files_are_written(folder):
+        with replacing(folder / "map"):
+            while True:
+                threading.Event().wait(0.01)
+
+    for work in (takes_it_for_its_own, partial(as_files_are_written, Path(mkdtemp()))):
+        with pytest.raises(OverTimeError, match=r"longer than 0\.1 s to write"):
+            stage.run(work, 0.1)
+    stage.close()
+
+
+def test_a_process_can_end_although_something_in_it_hangs_for_good(tmp_path):
+    code = (
+        "import threading\nfrom volsal.batch import worker\nworker._GRACE_S = 0.1\n"
+        "lock = threading.Lock()\nlock.acquire()\n"
+        "try:\n    worker._Stage('compute', True).run(lock.acquire, 0.1)\nexcept worker.OverTimeError:\n    print('on')"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], timeout=60, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (0, "on\n"), ended.stderr
+
+
+def test_what_hangs_while_it_is_read_is_not_read_without_a_limit_to_record_it(config, monkeypatch):
+    from volsal.batch import worker
+
+    path, real = config(), worker._digests
+
+    def hangs(case):
+        while case.id == "a":
+            threading.Event().wait(0.01)
+        return real(case)
+
+    def hanging_read(self, case, digests):
+        return hangs(case) and real_read(self, case, digests)
+
+    real_read = Worker._read
+    monkeypatch.setattr(worker, "_digests", hangs)
+    monkeypatch.setattr(Worker, "_read", hanging_read)
+    run, outcomes = execute(path, time_limit=0.5 / 60)
+    assert statuses(outcomes) == {**SOUND, "a": ("failed", "time-limit")}
+    assert run.folder.fault("a").key == "", "it is tried again the next time"
+
+
+def test_an_exit_that_the_users_own_code_asks_for_is_of_one_case(config, monkeypatch):
+    real = Worker._read
+
+    def leaves(self, case, digests):
+        return sys.exit("no such case in my list") if case.id == "a" else real(self, case, digests)
+
+    monkeypatch.setattr(Worker, "_read", leaves)
+    _, outcomes = execute(config())
+    assert statuses(outcomes) == {**SOUND, "a": ("failed", "error")}
+    assert outcomes["a"].error == "SystemExit: no such case in my list"
+
+
+def test_a_case_folder_that_is_taken_away_while_it_is_written_costs_that_case_alone(config, monkeypatch):
+    import volsal.explanation
+
+    real = volsal.explanation.write_map
+
+    def taken_away(path, *rest):
+        if path.parent.name == "a":
+            with replacing(path):
+                shutil.rmtree(path.parent)
+        return real(path, *rest)
+
+    monkeypatch.setattr("volsal.explanation.write_map", taken_away)
+    path = config()
+    _, outcomes = execute(path)
+    assert statuses(outcomes) == {**SOUND, "a": ("refused", "write")}
+    monkeypatch.setattr("volsal.explanation.write_map", real)
+    assert execute(path, retry_failed=True)[1]["a"].status == "done"
+
+
+def test_errors_that_name_each_other_as_their_cause_are_looked_at_once():
+    first, second = ValueError("a"), ValueError("b")
+    first.__cause__, second.__cause__ = second, first
+    assert not is_out_of_memory(first)
+
+
+@pytest.mark.parametrize("place", ["doing", "lock"])
+def test_a_disk_that_refuses_a_note_or_the_lock_is_named(config, tmp_path, monkeypatch, place):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if place == "doing":
+        monkeypatch.setattr(
+            Path, "mkdir", lambda self, *a, **k: full() if self.name == "doing" else mkdir(self, *a, **k)
+        )
+    else:
+        monkeypatch.setattr("volsal.batch.lock.os.pwrite", full)
+    with pytest.raises(WriteError, match=f"{place}.*: could not be written: No space left on device"):
+        execute(config())
+    monkeypatch.undo()
+    assert statuses(execute(config())[1]) == SOUND
+
+
+def test_where_the_file_system_knows_no_locks_a_beat_counts(config, tmp_path, monkeypatch):
+    import socket
+
+    def unknown(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("volsal.batch.lock.fcntl.flock", unknown)
+    path = config()
+    assert statuses(execute(path)[1]) == SOUND, "no lock at all is no other run"
+    left = tmp_path / "out" / ".volsal" / "lock"
+    left.write_text(json.dumps({"host": socket.gethostname(), "pid": 4194304, "since": "2026-01-01"}))
+    assert holder(tmp_path / "out").pid == 4194304
+    with pytest.raises(LockedError, match="may be at work in it"):
+        execute(path)
+    os.utime(left, (1, 1))
+    assert holder(tmp_path / "out") is None
+    assert {o.status for o in execute(path)[1].values()} == {"kept"}
+
+
+def test_who_asks_whether_a_run_is_at_work_does_not_keep_it_from_beginning(config, tmp_path):
+    import fcntl
+
+    path = config()
+    execute(path)
+    with (tmp_path / "out" / ".volsal" / "lock").open("rb") as asking:
+        fcntl.flock(asking, fcntl.LOCK_SH)
+        threading.Timer(0.03, fcntl.flock, (asking, fcntl.LOCK_UN)).start()
+        with locked(tmp_path / "out"):
+            pass
+
+
+RECORD = {"provenance": {}, "prediction": {}, "notes": [], "maps": []}
+
+
+@pytest.mark.parametrize(
+    "damage", [{"provenance": []}, {"maps": [None]}, {"maps": [{"file": "a.nii.gz"}]}, {"notes": None}, {"maps": {}}]
+)
+def test_a_record_that_is_none_of_ours_is_made_anew_and_costs_no_command(config, tmp_path, damage):
+    path = config()
+    execute(path)
+    folder = RunFolder(tmp_path / "out")
+    (tmp_path / "out" / "a" / "case.json").write_text(json.dumps(RECORD))
+    assert folder.record("a"), "or the damage below would not be what counts"
+    (tmp_path / "out" / "a" / "case.json").write_text(json.dumps(RECORD | damage))
+    assert folder.record("a") is None
+    assert "a,missing" in folder.collect().read_text()
+    assert statuses(execute(path)[1]) == {"a": ("done", ""), "sub-b": ("kept", ""), "sub-c": ("kept", "")}
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"cases": [1]}', '{"cases": {"a": 3}}', '{"cases": null}'])
+def test_damaged_inputs_cost_no_result(config, tmp_path, damage):
+    path = config()
+    execute(path)
+    (tmp_path / "out" / "inputs.json").write_text(damage)
+    (tmp_path / "out" / "run.json").write_text(damage)
+    found = status_of(RunFolder.existing(tmp_path / "out"))
+    assert found.states["done"] == found.cases == 3
+    assert len(RunFolder(tmp_path / "out").collect().read_text().splitlines()) == 4
+    assert {o.status for o in execute(path)[1].values()} == {"kept"}
+    assert set(RunFolder(tmp_path / "out").inputs()) == set(SOUND)
+
+
+def test_status_tells_how_far_a_run_is_that_makes_everything_anew(config, tmp_path):
+    execute(config())
+    seen = []
+    run = Run(load_config(config(methods=["hires-cam"])))
+    for _ in run.execute():
+        seen.append(status_of(run.folder))
+    assert [found.through for found in seen] == [1, 2, 3]
+    assert {found.states["done"] for found in seen} == {3}, "results that are there, of which settings ever"
+    assert seen[0].left_s > 0
+
+
+def test_results_do_not_go_into_the_scans_own_folder(config, scan_file, tmp_path):
+    scan_file("scans/p1/p1.nii.gz", shape=(12, 14, 10))
+    path = config(scans={"table": "t.csv"}, output="scans")
+    (tmp_path / "t.csv").write_text("id,scan\np1,scans/p1/p1.nii.gz\n")
+    with pytest.raises(ConfigError, match=r"the results of p1 would lie among its scan's own files in .*scans/p1"):
+        Run(load_config(path))
+    assert Run(load_config(path), tmp_path / "out").cases.keys() == {"p1"}
+
+
+@pytest.mark.parametrize("scans", [{"folder": "."}, {"files": ["**/*.nii.gz"]}])
+def test_what_a_killed_run_left_unfinished_is_no_scan(config, tmp_path, scans):
+    path = config(scans=scans, output="out")
+    found = set(execute(path)[1])
+    assert len(found) == 3
+    for record in (tmp_path / "out").glob("*/case.json"):
+        record.unlink()  # the maps are left
+    assert set(execute(path)[1]) == found
+
+
+def test_notes_that_differ_from_case_to_case_do_not_fill_the_screen(config, capsys):
+    from volsal.batch import Tally
+    from volsal.cli import _summary
+
+    tally = Tally()
+    tally.notes.update(f"corner {n} mm off" for n in range(30))
+    _summary(Run(load_config(config())), tally, Path("cases.csv"))
+    told = capsys.readouterr().out
+    assert told.count("mm off") == 10
+    assert "and 20 other notes" in told
 
 
 def test_one_who_is_alone_has_nobody_beside(tmp_path):
@@ -182,7 +419,7 @@ def test_one_who_is_alone_has_nobody_beside(tmp_path):
 
 
 def test_a_case_over_which_processes_died_goes_last_and_alone_and_is_set_aside_after_three(config):
-    path = config()
+    path = config(batch={"attempts": 3})
     run = Run(load_config(path))
     attempts = Attempts(run.folder.path)
     attempts.begin("a", Deaths())
@@ -194,8 +431,11 @@ def test_a_case_over_which_processes_died_goes_last_and_alone_and_is_set_aside_a
     for _ in range(4):
         attempts.begin("sub-b", attempts.of("sub-b"))
     assert attempts.of("sub-b") == Deaths(beside=1, alone=3)
-    path = config(methods=["hires-cam"])
-    _, outcomes = execute(path)
+    path = config(methods=["hires-cam"], batch={"attempts": 3})
+    told = []
+    run = Run(load_config(path))
+    outcomes = {o.case: o for o in run.watch(told=told.append) if o}
+    assert told == ["sub-b: processes died over this case, 3 with no other beside it; it goes last"]
     assert statuses(outcomes) == {**SOUND, "sub-b": ("failed", "worker-lost")}
     assert "3 processes died over this case" in outcomes["sub-b"].error
     _, outcomes = execute(path)
@@ -276,13 +516,16 @@ def test_leftovers_of_a_killed_process_are_swept(config, tmp_path):
 
 def test_the_log_names_cases_and_no_files(config, accident, tmp_path):
     accident("Doe^Jane_19700101", 700)
-    run, _ = execute(config({"700": "error"}))
+    path = config({"700": "error"}, scans={"table": "t.csv"})
+    (tmp_path / "t.csv").write_text("id,scan\na,scans/Doe^Jane_19700101.nii.gz\nb,Roe^Jim/gone.nii.gz\n")
+    run, outcomes = execute(path)
+    assert statuses(outcomes) == {"a": ("refused", "model"), "b": ("refused", "scan")}
+    assert "Roe^Jim" in outcomes["b"].error, "or there would be nothing to keep out of the log"
     log = (tmp_path / "out" / "run.log.jsonl").read_text()
-    assert "Doe^Jane" not in log
-    assert str(tmp_path) not in log
+    assert not any(name in log for name in ("Doe", "Roe", str(tmp_path)))
     events = list(run.folder.events())
-    assert [e["event"] for e in events] == ["began", *["case"] * 4, "ended"]
-    assert without_names("/x/y/Doe.nii: broken", [tmp_path / "Doe.nii"]) == "/x/y/the scan: broken"
+    assert [e["event"] for e in events] == ["began", "case", "case", "ended"]
+    assert [e["code"] for e in events[1:3]] == [outcomes[e["case"]].code for e in events[1:3]]
 
 
 def test_a_log_line_that_was_cut_off_is_passed_over(config, tmp_path):

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from volsal.run_folder import OWN
+from volsal.scans.write import WriteError
 
 
 @dataclass(frozen=True)
@@ -45,16 +46,28 @@ class Attempts:
         return {note.name: self.of(note.name) for note in home.iterdir()} if home.is_dir() else {}
 
     def begin(self, case: str, before: Deaths) -> None:
-        """Note that a case is begun: should the process die, it did so over it."""
+        """Note that a case is begun: should the process die, it did so over it.
+
+        Raises
+        ------
+        WriteError
+            Where the disk refuses, as :meth:`end` does.
+        """
         now = Deaths(before.beside, before.alone + 1) if before else Deaths(beside=1)
         note = self._note(case)
-        note.parent.mkdir(parents=True, exist_ok=True)
-        # Not synced to the disk: this is about processes that die, not about power.
-        note.write_text(json.dumps(asdict(now)), encoding="ascii")
+        try:
+            note.parent.mkdir(parents=True, exist_ok=True)
+            # Not synced to the disk: this is about processes that die, not about power.
+            note.write_text(json.dumps(asdict(now)), encoding="ascii")
+        except OSError as error:
+            raise WriteError(f"{note}: could not be written: {error.strerror or error}") from error
 
     def end(self, case: str) -> None:
         """Note that a case is through, whatever became of it."""
-        self._note(case).unlink(missing_ok=True)
+        try:
+            self._note(case).unlink(missing_ok=True)
+        except OSError as error:
+            raise WriteError(f"{self._note(case)}: could not be removed: {error.strerror or error}") from error
 
     def _note(self, case: str) -> Path:
         return self.folder / OWN / "doing" / case

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -16,11 +17,11 @@ from typing import Any, Protocol
 
 import torch
 
-from volsal.batch.attempts import Attempts
-from volsal.batch.worker import IN_WORK, Job, Outcome, StuckError, Worker
+from volsal.batch.worker import IN_WORK, Job, Outcome, StuckError, Worker, WorkerError
 from volsal.config import ConfigError
+from volsal.errors import VolsalError
 from volsal.explain import Explainer
-from volsal.run_folder import Fault, RunFolder
+from volsal.run_folder import OWN, Fault, RunFolder
 from volsal.scans.find import Case
 
 # How often the process that watches looks up, s: for signals, and for the line that says how far it is.
@@ -33,7 +34,7 @@ signal.signal(signal.SIGINT, signal.SIG_IGN)
 logging.getLogger("distributed").setLevel(logging.CRITICAL)
 """
 # Times that a case which a cluster gives up on is handed to it again, before the notes of attempts set it aside.
-_AGAIN = 8
+_AGAIN = 16
 
 
 class Engine(Protocol):
@@ -91,22 +92,47 @@ class Dask:
     told: Callable[[str], None] = field(default=lambda _: None)
 
     def outcomes(self, cases: Sequence[Case], stopping: threading.Event) -> Iterator[Outcome | None]:
-        """See :class:`Engine`.  A worker that dies loses no case: it is done again, by another one."""
-        logging.getLogger("distributed").setLevel(logging.CRITICAL)  # a worker that dies is told by its cases
+        """See :class:`Engine`.  A worker that dies loses no case: it is done again, by another one.
+
+        Raises
+        ------
+        ConfigError
+            Where no scheduler answers.
+        WorkerError
+            Where it does no longer, or a worker cannot take part.
+        """
         with self._client() as client:
-            yield from self._spread(client, cases, stopping)
+            try:
+                yield from self._spread(client, cases, stopping)
+            except OSError as error:
+                if isinstance(error, VolsalError):
+                    raise
+                raise WorkerError(
+                    f"the cluster's scheduler no longer answers ({error}); what is done is kept: the same command "
+                    "takes the run up when it is back"
+                ) from error
 
     @contextmanager
     def _client(self) -> Iterator[Any]:
         try:
             import dask
             from distributed import Client, LocalCluster
+            from distributed.comm import get_address_host_port
         except ImportError as error:
             raise ConfigError("several workers need Dask: pip install 'volsal[cluster]'") from error
+        # A worker that dies is told by its cases, and a scheduler that is gone by the run's end.
+        for name in ("distributed", "distributed.client"):  # only now: importing Dask sets them
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         if self.address:
             try:
+                get_address_host_port(self.address, strict=True)  # a Client of no address does not end in peace
+            except ValueError as error:
+                raise ConfigError(
+                    f"--scheduler {self.address}: not an address; a scheduler prints its own, as tcp://node1:8786"
+                ) from error
+            try:
                 client = Client(self.address, timeout="30s", set_as_default=False)
-            except (OSError, TimeoutError, ValueError) as error:
+            except (OSError, TimeoutError) as error:
                 raise ConfigError(f"--scheduler {self.address}: no Dask scheduler answers there: {error}") from error
             with client:
                 self.told(f"cluster at {self.address}; dashboard: {client.dashboard_link}")
@@ -120,7 +146,13 @@ class Dask:
                 threads_per_worker=IN_WORK,
                 processes=True,
                 memory_limit=0,  # what fits is the machine's to say; Dask would kill at a share of its own choice
-                dashboard_address=":8787" if self.dashboard else None,
+                dashboard_address=None,
+                # For this machine alone: what it shows names cases.  Without a dashboard the scheduler still listens:
+                # on 8787, with a warning where another one does, unless it is given a port.
+                scheduler_kwargs={
+                    "dashboard": self.dashboard,
+                    "dashboard_address": f"127.0.0.1:{8787 if self.dashboard else 0}",
+                },
                 preload=[_AT_START],
             ) as cluster,
             Client(cluster, set_as_default=False) as client,
@@ -133,39 +165,39 @@ class Dask:
         waiting = iter(cases)
         pending: dict[Any, tuple[Case, int]] = {}
         ended: SimpleQueue[Any] = SimpleQueue()
+        run = secrets.token_hex(8)
+        # Workers look for it before they begin a case.  One of its own for every run: on shared storage a file that was
+        # removed may be seen for a while.
+        stop = self.job.folder / OWN / f"stop-{run}"
+        for old in stop.parent.glob("stop-*"):
+            old.unlink(missing_ok=True)
 
         def hand_out(case: Case, times: int) -> None:
             # The key names the case and the run: two runs on one cluster are apart.
-            key = f"volsal-{case.id}-{times}-{os.getpid()}-{id(pending)}"
-            future = client.submit(do, self.job, case, key=key, pure=False)
+            key = f"volsal-{case.id}-{times}-{run}"
+            future = client.submit(do, self.job, case, stop, key=key, pure=False)
             pending[future] = case, times
             future.add_done_callback(ended.put)
 
+        if not client.nthreads():
+            self.told("the cluster has no workers yet; the run begins when it has")
         while True:
+            threads = sum(client.nthreads().values())  # also finds out whether the scheduler is there
             if stopping.is_set():
-                self._call_back(pending)
+                with suppress(OSError):  # else what was handed out is done as well
+                    stop.touch()
             else:
                 # A few more than are in work, so that no worker waits for this process.
-                room = 2 * max(1, sum(client.nthreads().values())) - len(pending)
-                for case in islice(waiting, max(0, room)):
+                for case in islice(waiting, max(0, 2 * max(1, threads) - len(pending))):
                     hand_out(case, 0)
-            if not pending:
+            if not pending or (stopping.is_set() and not threads):  # the workers were told to stop as well
+                stop.unlink(missing_ok=True)
                 return
             for future in _some_of(ended):
-                if future in pending:  # it was not called back
-                    case, times = pending.pop(future)
-                    again = None if stopping.is_set() else hand_out
-                    yield from self._outcome(future, case, times, again)
-            if stopping.is_set() and not client.nthreads():
-                return  # the workers were told to stop as well
+                case, times = pending.pop(future)
+                again = None if stopping.is_set() else hand_out
+                yield from self._outcome(future, case, times, again)
             yield None
-
-    def _call_back(self, pending: dict[Any, tuple[Case, int]]) -> None:
-        """Take back what no worker has begun: it leaves no note of having been begun."""
-        begun = Attempts(self.job.folder).suspects()
-        for future in [one for one, (case, _) in pending.items() if not one.done() and case.id not in begun]:
-            del pending[future]
-            future.cancel()
 
     def _outcome(
         self, future: Any, case: Case, times: int, again: Callable[[Case, int], None] | None
@@ -173,7 +205,11 @@ class Dask:
         """What a future that ended says; a case whose worker died is handed out ``again``, or given up."""
         error = _death(future)
         if error is None:
-            yield future.result()
+            if future.status == "error" and not isinstance(fault := future.exception(), VolsalError):
+                # Of making the worker: what becomes of a case is no error.
+                raise WorkerError(f"a worker cannot take part in the run: {type(fault).__name__}: {fault}") from fault
+            if (outcome := future.result()) is not None:
+                yield outcome
             return
         if again is None:
             return
@@ -181,9 +217,9 @@ class Dask:
             again(case, times + 1)
             return
         reason = f"every worker that was given this case died ({error}); is there memory enough for one case?"
-        fault = Fault("failed", "worker-lost", reason)
-        RunFolder(self.job.folder).write_fault(case.id, fault)
-        yield Outcome(case.id, case.paths[0] if case.paths else Path(), "failed", fault.code, fault.reason)
+        lost = Fault("failed", "worker-lost", reason)
+        RunFolder(self.job.folder).write_fault(case.id, lost)
+        yield Outcome(case.id, case.paths[0] if case.paths else Path(), "failed", lost.code, lost.reason)
 
 
 def _some_of(queue: SimpleQueue[Any]) -> Iterator[Any]:
@@ -209,8 +245,13 @@ _WORKERS: dict[str, Worker] = {}
 _MAKING = threading.Lock()
 
 
-def do(job: Job, case: Case) -> Outcome:
-    """Do one case in a process of a cluster, whose worker is made with the run's first case and kept."""
+def do(job: Job, case: Case, stop: Path) -> Outcome | None:
+    """Do one case in a process of a cluster, whose worker is made with the run's first case and kept.
+
+    None where there is a file ``stop``: the run is to end, and the case is not begun.
+    """
+    if stop.exists():
+        return None
     name = repr(job)
     with _MAKING:
         if name not in _WORKERS:

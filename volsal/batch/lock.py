@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +22,8 @@ from volsal.scans.write import WriteError
 # A holder on another machine whose lock file was not touched for this long, by the file server's clock, is gone.
 _SILENT_S = 150.0
 _BEAT_S = 30.0
+# One who asks who is at work holds the lock for a moment: that is no run.
+_ASKED, _PAUSE_S = 5, 0.02
 
 
 class LockedError(VolsalError, RuntimeError):
@@ -44,8 +47,8 @@ def locked(folder: Path) -> Iterator[Holder | None]:
     """Hold the run folder for the block; yields the holder of a lock that was found stale and taken over, or None.
 
     The lock is the operating system's (``flock``), which ends with the process however that ends.  On a shared file
-    system it may not reach other machines: there the holder touches the file every half minute, and one that was
-    silent for two and a half minutes counts as gone.
+    system it may not reach other machines, or not be known at all: there the holder touches the file every half minute,
+    and one that was silent for two and a half minutes counts as gone.
 
     Raises
     ------
@@ -62,25 +65,30 @@ def locked(folder: Path) -> Iterator[Holder | None]:
         raise WriteError(f"{folder}: cannot write there: {error.strerror or error}") from error
     try:
         before = _holder(path)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise LockedError(f"{folder}: another run is at work in it ({before or 'it does not say who'})") from error
-        if before and before.host != socket.gethostname() and _age_s(path) < _SILENT_S:
+        free = _flock(file, fcntl.LOCK_EX)
+        if free is False:
+            raise LockedError(f"{folder}: another run is at work in it ({before or 'it does not say who'})")
+        if before and (free is None or before.host != socket.gethostname()) and _age_s(path) < _SILENT_S:
             raise LockedError(
                 f"{folder}: another run may be at work in it ({before}, heard of less than {_SILENT_S:.0f} s ago); "
                 "if it is gone, wait that long and try again"
             )
         own = Holder(socket.gethostname(), os.getpid(), datetime.now(UTC).isoformat(timespec="seconds"))
-        os.ftruncate(file, 0)
-        os.pwrite(file, (json.dumps(asdict(own)) + "\n").encode(), 0)
+        try:
+            os.ftruncate(file, 0)
+            os.pwrite(file, (json.dumps(asdict(own)) + "\n").encode(), 0)
+        except OSError as error:
+            raise WriteError(f"{path}: could not be written: {error.strerror or error}") from error
         ended = Event()
         Thread(target=_beat, args=(path, ended), name="volsal-lock", daemon=True).start()
         try:
             yield before
         finally:
             ended.set()
-            os.ftruncate(file, 0)  # nobody's; the file stays, since removing it would race with the next one's open
+            # Nobody's; the file stays, since removing it would race with the next one's open.  Where its disk is gone,
+            # that is told by what ended the run.
+            with suppress(OSError):
+                os.ftruncate(file, 0)
     finally:
         os.close(file)
 
@@ -91,14 +99,27 @@ def holder(folder: Path) -> Holder | None:
     found = _holder(path)
     if found is None:
         return None
-    if found.host != socket.gethostname():
-        return found if _age_s(path) < _SILENT_S else None
-    with path.open("rb") as file:
+    free = None
+    if found.host == socket.gethostname():
+        with path.open("rb") as file:
+            free = _flock(file.fileno(), fcntl.LOCK_SH)
+    if free is None:
+        free = _age_s(path) >= _SILENT_S
+    return None if free else found
+
+
+def _flock(file: int, kind: int) -> bool | None:
+    """Take the system's lock if it is free, and say whether it was; None where the file system knows no locks."""
+    for _ in range(_ASKED):
         try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
-            return found
-    return None
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                return None
+            time.sleep(_PAUSE_S)
+        else:
+            return True
+    return False
 
 
 def _holder(path: Path) -> Holder | None:
@@ -122,7 +143,5 @@ def _age_s(path: Path) -> float:
 
 def _beat(path: Path, ended: Event) -> None:
     while not ended.wait(_BEAT_S):
-        try:
+        with suppress(OSError):  # a file server that is away for a while must hear of it again
             os.utime(path)
-        except OSError:
-            return  # the folder is gone, and with it what the lock was for

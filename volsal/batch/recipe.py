@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from volsal.config import Config, FunctionSection
+from volsal.config import Config, ConfigError, FunctionSection
 from volsal.explain import Explainer
 from volsal.scans.scan import file_digest
+
+# The user's own code as this process has loaded it: a change of it is not seen by Python.
+_LOADED: dict[Path, str] = {}
 
 
 def recipe_of(config: Config, explainer: Explainer, result_version: int) -> dict[str, Any]:
@@ -43,32 +47,70 @@ def recipe_of(config: Config, explainer: Explainer, result_version: int) -> dict
 
 def _code(config: Config) -> dict[str, str]:
     """Digests of the user's own code: the files that the config names, and what these import from beside them."""
+    found = _modules(config)
+    digests = {file: file_digest(file) for file in found}
+    for file, digest in digests.items():
+        if _LOADED.setdefault(file, digest) != digest:
+            raise ConfigError(
+                f"{file}: changed since this process loaded it, and Python does not load it again; restart Python (the "
+                "cluster's workers, where it is they who say so)"
+            )
+    if config.model.file:  # an exported program, which is read each time
+        file = config.folder / config.model.file
+        digests[file.resolve()] = file_digest(file)
+    return {f"{number} {file.name}": digests[file] for number, file in enumerate(sorted(digests))}
+
+
+def _modules(config: Config) -> set[Path]:
     function = config.preprocess.function if isinstance(config.preprocess, FunctionSection) else ""
     named = [ref.rpartition(":")[0] for ref in (config.model.factory or "", function)]
-    waiting = [config.folder / name for name in named if name.endswith(".py")]
-    found = {config.folder / config.model.file} if config.model.file else set()
+    waiting = [(config.folder / name).resolve() for name in named if name.endswith(".py")]
+    tops = {file.parent for file in waiting}
+    for name in named:
+        if (file := _own(name)) is not None:
+            waiting.append(file)
+            tops.add(file.parents[name.count(".") + (file.name == "__init__.py")])
+    found: set[Path] = set()
     while waiting:
         file = waiting.pop().resolve()
         if file not in found:
             found.add(file)
-            waiting += _imported(file)
-    return {f"{number} {file.name}": file_digest(file) for number, file in enumerate(sorted(found))}
+            waiting += _imported(file, tops)
+    return found
 
 
-def _imported(file: Path) -> Iterator[Path]:
-    """The files beside ``file``, or in folders beside it, that it imports by name."""
-    for node in ast.walk(ast.parse(file.read_bytes())):
+def _own(module: str) -> Path | None:
+    """The file of a module that was imported by its name and is not installed but lies in a folder of the user's."""
+    file = getattr(sys.modules.get(module), "__file__", None)
+    if file is None or module.partition(".")[0] == "volsal" or {"site-packages", "dist-packages"} & {*Path(file).parts}:
+        return None
+    return Path(file).resolve()
+
+
+def _imported(file: Path, tops: Iterable[Path]) -> Iterator[Path]:
+    """The files that ``file`` imports by name: from beside it, or from one of the folders ``tops``."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):  # only lies beside what is imported; it could not be run
+        return
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            names, starts = [alias.name for alias in node.names], [file.parent, *tops]
         elif isinstance(node, ast.ImportFrom):
             names = [node.module or "", *(f"{node.module or ''}.{alias.name}".lstrip(".") for alias in node.names)]
+            starts = [*file.parents[node.level - 1 : node.level]] if node.level else [file.parent, *tops]
         else:
             continue
-        for name in filter(None, names):
-            parts = name.split(".")
-            for depth in range(1, len(parts) + 1):
-                stem = file.parent.joinpath(*parts[:depth])
-                yield from (path for path in (stem.with_suffix(".py"), stem / "__init__.py") if path.is_file())
+        for stem in (
+            start.joinpath(*parts) for name in filter(None, names) for parts in _heads(name) for start in starts
+        ):
+            yield from (path for path in (stem.with_suffix(".py"), stem / "__init__.py") if path.is_file())
+
+
+def _heads(name: str) -> list[list[str]]:
+    """``a.b.c`` as a, a.b and a.b.c: importing the last runs them all."""
+    parts = name.split(".")
+    return [parts[: depth + 1] for depth in range(len(parts))]
 
 
 def key_of(recipe: Mapping[str, Any], digests: Sequence[str], others: Sequence[Path], given: Mapping[str, Any]) -> str:

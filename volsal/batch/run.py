@@ -30,18 +30,21 @@ from volsal.batch.plan import plan as plan_of
 from volsal.batch.recipe import recipe_of
 from volsal.batch.worker import IN_WORK, Job, Outcome
 from volsal.config import Config, ConfigError
+from volsal.errors import VolsalError
 from volsal.explain import Explainer, Progress, environment
 from volsal.explanation import RESULT_VERSION
-from volsal.run_folder import RunFolder, without_names
+from volsal.run_folder import RunFolder
 from volsal.scans.find import Case
 from volsal.scans.write import WriteError, require_writable
 
 Told = Callable[[str], None]
+# Those that ask a run to end: by the keyboard, by a scheduler, by a terminal that is closed.
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass
 class Tally:
-    """What a run's outcomes add up to; it does not grow with their number."""
+    """What a run's outcomes add up to; it grows with the number of different notes alone."""
 
     states: Counter[str] = field(default_factory=Counter)
     codes: Counter[str] = field(default_factory=Counter)
@@ -126,6 +129,7 @@ class Run:
         found = cases_of(config)
         self.found = found
         self.cases = found.cases
+        self._require_apart()
         self.workers = workers or config.batch.workers
         self.scheduler = scheduler
         self.dashboard = dashboard
@@ -138,6 +142,7 @@ class Run:
             alignment,
             self._threads(),
             60 * minutes,
+            config.batch.attempts,
             retry_failed,
         )
         self.taken_over: Holder | None = None
@@ -162,7 +167,12 @@ class Run:
                 warm = False
                 timed(case)
             clock = time.monotonic()
-            explanation = explainer(case.paths, case.id, given=case.given or None, **reading)
+            try:
+                explanation = explainer(case.paths, case.id, given=case.given or None, **reading)
+            except VolsalError:
+                raise
+            except Exception as error:  # as in the run itself, it is this case's
+                raise VolsalError(f"{type(error).__name__}: {error}") from error
             with TemporaryDirectory() as place:
                 explanation.save(place, self.config.maps.stored_as)
             return time.monotonic() - clock
@@ -170,6 +180,17 @@ class Run:
         width = np.dtype(self.config.maps.stored_as).itemsize
         count = len(explainer.methods) * len(explainer.targets)
         return plan_of(self.found, self.folder.path, count, width, self.workers, timed)
+
+    def _require_apart(self) -> None:
+        """Raise ConfigError where a case's results would go into a folder that its scan lies in, or is."""
+        top = Path(os.path.abspath(self.folder.path))  # noqa: PTH100 - resolving follows links, of which some lead nowhere
+        for case in self.cases.values():
+            home = top / case.id
+            if any(home in (path := Path(os.path.abspath(scan)), *path.parents) for scan in case.paths):  # noqa: PTH100
+                raise ConfigError(
+                    f"{self.folder.path}: the results of {case.id} would lie among its scan's own files in {home}; "
+                    "choose another output folder"
+                )
 
     def _threads(self) -> int:
         """CPU threads of each process: the config's, else what the run was begun with, else a share of the cores.
@@ -202,11 +223,15 @@ class Run:
     def watch(self, progress: Progress | None = None, told: Told | None = None) -> Iterator[Outcome | None]:
         """As :meth:`execute`, with None now and then while nothing ends, for who shows what time it is."""
         told = told or (lambda _: None)
+        self._stopping.clear()
+        self.stopped_by = None
         require_writable(self.folder.path)
         with locked(self.folder.path) as self.taken_over, self._signals(told):
             if self.taken_over:
                 told(f"the last run in this folder did not end by itself ({self.taken_over}); taking it up")
-            self._stopping.clear()
+            for case, deaths in Attempts(self.folder.path).suspects().items():
+                if deaths.alone:
+                    told(f"{case}: processes died over this case, {deaths.alone} with no other beside it; it goes last")
             self.folder.salt()  # made before several processes ask for it
             engine = self._engine(progress, told)
             self.folder.write_inputs({case: found.describe() for case, found in self.cases.items()})
@@ -242,7 +267,7 @@ class Run:
 
     @contextmanager
     def _signals(self, told: Told) -> Iterator[None]:
-        """The first SIGINT or SIGTERM lets cases that are in work end; the second abandons them."""
+        """The first SIGINT, SIGTERM or SIGHUP lets cases that are in work end; the second abandons them."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -250,24 +275,30 @@ class Run:
         def heard(number: int, _: FrameType | None) -> None:
             name = signal.Signals(number).name
             if self._stopping.is_set():
-                self._abandon(name)
+                self._abandon(name, told)
             self.stopped_by = name
             self._stopping.set()
-            told(f"{name}: finishing what is in work, at most {IN_WORK} cases a worker; once more abandons them")
+            with suppress(OSError):  # a terminal that was closed
+                told(f"{name}: finishing what is in work, at most {IN_WORK} cases a worker; once more abandons them")
 
-        before = {one: signal.signal(one, heard) for one in (signal.SIGINT, signal.SIGTERM)}
+        # What is ignored is so by someone's will: nohup, or a shell's for what it runs in the background.
+        heeded = [one for one in _SIGNALS if signal.getsignal(one) is not signal.SIG_IGN]
+        before = {one: signal.signal(one, heard) for one in heeded}
         try:
             yield
         finally:
             for one, handler in before.items():
                 signal.signal(one, handler)
 
-    def _abandon(self, name: str) -> None:
+    def _abandon(self, name: str, told: Told) -> None:
         """End at once.  The cases in work are not suspected of anything: it was the user's will."""
-        for case in Attempts(self.folder.path).suspects():
-            Attempts(self.folder.path).end(case)
-        self.folder.log("ended", by=f"{name} twice")
-        os._exit(128 + signal.Signals[name].value)
+        try:
+            for case in Attempts(self.folder.path).suspects():
+                Attempts(self.folder.path).end(case)
+            self.folder.log("ended", by=f"{name} twice")
+            told(f"{name} again: abandoned; the same command takes the run up where it was")
+        finally:  # whatever the disk or the terminal says to that
+            os._exit(128 + signal.Signals[name].value)
 
     def _write_run(self, explainer: Explainer) -> None:
         before = self.folder.asked()
@@ -289,9 +320,8 @@ class Run:
 
     def _log(self, outcome: Outcome) -> None:
         about: dict[str, Any] = {"case": outcome.case, "status": outcome.status, "worker": outcome.worker}
-        if outcome.bad:
-            paths = self.cases[outcome.case].paths
-            about |= {"code": outcome.code, "reason": without_names(outcome.error or "", paths), "again": outcome.again}
+        if outcome.bad:  # the reason is in the case's folder: it may name files, and these a patient
+            about |= {"code": outcome.code, "again": outcome.again}
         if outcome.status != "kept" and not outcome.again:
             about |= {"seconds": round(outcome.seconds, 3), "stages": outcome.stages}
         self.folder.log("case", **about)

@@ -21,6 +21,7 @@ class Status:
     states : how many of them are done, refused, failed, missing; these add up to ``cases``
     codes : the kinds of faults
     holder : who is at work; None where nobody is
+    through : how many cases the last run, or the one at work, has been through, those that it kept included
     per_minute : cases that ended per minute, since the run was last begun and over at most the last hour; None where
         that cannot be told
     left_s : seconds until the rest is done, at that rate
@@ -32,6 +33,7 @@ class Status:
     states: dict[str, int]
     codes: dict[str, int]
     holder: Holder | None
+    through: int
     per_minute: float | None
     left_s: float | None
     ended: str | None
@@ -59,28 +61,29 @@ def status_of(folder: RunFolder) -> Status:
             codes[fault.code] += 1
             if len(faults) < _TOLD:
                 faults.append((case, fault.code, fault.reason))
-    rate, ended = _rate(folder)
+    through, rate, ended = _rate(folder)
     at_work = holder(folder.path)
-    left = 60 * states["missing"] / rate if rate and at_work else None
-    return Status(len(cases), dict(states), dict(codes), at_work, rate, left, ended, tuple(faults))
+    left = 60 * max(0, len(cases) - through) / rate if rate and at_work else None
+    return Status(len(cases), dict(states), dict(codes), at_work, through, rate, left, ended, tuple(faults))
 
 
-def _rate(folder: RunFolder) -> tuple[float | None, str | None]:
-    """Cases that were worked on per minute since the last beginning, and how that run ended."""
+def _rate(folder: RunFolder) -> tuple[int, float | None, str | None]:
+    """Cases that the last run has been through, those that it worked on per minute, and how it ended."""
     times: list[float] = []
-    began, ended = None, None
+    began, ended, through = None, None, 0
     for event in folder.events():
         if event.get("event") == "began":
-            began, ended, times = _seconds(event), None, []
+            began, ended, times, through = _seconds(event), None, [], 0
         elif event.get("event") == "ended":
             ended = str(event.get("by"))
-        elif event.get("event") == "case" and "seconds" in event:
-            times.append(_seconds(event))
+        elif event.get("event") == "case":
+            through += 1
+            times += [_seconds(event)] if "seconds" in event else []
     if began is None or not times:
-        return None, ended
+        return through, None, ended
     since = max(began, times[-1] - _WINDOW_S)
     recent = [time for time in times if time >= since]
-    return 60 * len(recent) / max(times[-1] - since, 1e-3), ended
+    return through, 60 * len(recent) / max(times[-1] - since, 1e-3), ended
 
 
 def _seconds(event: dict[str, Any]) -> float:

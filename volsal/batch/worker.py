@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import logging
 import os
 import socket
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future, wait
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from queue import SimpleQueue
+from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 
@@ -39,8 +41,6 @@ from volsal.scans.write import WriteError
 IN_WORK = 3
 # How long a case that was told to stop is waited for.
 _GRACE_S = 10.0
-# A case over which this many processes died, with no other case beside it, is not tried again.
-_DEATHS = 3
 
 Status = Literal["done", "kept", "refused", "failed"]
 T = TypeVar("T")
@@ -51,7 +51,7 @@ class OverTimeError(VolsalError, TimeoutError):
 
 
 class StuckError(VolsalError, RuntimeError):
-    """A case took too long and cannot be stopped: this process is of no more use."""
+    """An earlier case took too long and cannot be stopped: this process is of no more use."""
 
 
 class WorkerError(VolsalError, RuntimeError):
@@ -109,6 +109,7 @@ class Job:
     folder : the run's, on storage that all processes see
     threads : CPU threads of each process
     time_limit_s : what one case may take in each stage
+    attempts : processes that may die over a case, with no other beside it, before it is set aside
     retry : whether cases that an earlier run refused or failed are tried again as they are
     recipe : what every result depends on (see :func:`volsal.batch.recipe.recipe_of`), as the process that began the
         run saw it; the others must see the same
@@ -121,6 +122,7 @@ class Job:
     alignment: str | None = None
     threads: int = 1
     time_limit_s: float = 1800.0
+    attempts: int = 6
     retry: bool = False
     recipe: Mapping[str, Any] | None = None
 
@@ -142,14 +144,16 @@ class Worker:
 
     def __init__(self, job: Job, explainer: Explainer | None = None) -> None:
         self.name = f"{socket.gethostname()}:{os.getpid()}"
+        # What nibabel prints of a header names no case; what comes of it is told by the case's notes or fault.
+        logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
         self.job = job
         self.folder = RunFolder(job.folder)
         self.attempts = Attempts(job.folder)
         self.explainer = explainer or job.explainer(keep=job.partial)
         self.recipe = recipe_of(job.config, self.explainer, RESULT_VERSION)
         self._require_same_recipe()
-        self.stuck: StuckError | None = None
-        self._stages = {name: _Stage(name) for name in ("read", "compute", "write")}
+        # A read that hangs is left alone; what hangs elsewhere holds the model, or the disk.
+        self._stages = {name: _Stage(name, holds=name != "read") for name in ("read", "compute", "write")}
         self._room = _Room()
         scans = job.config.scans
         self._reading = scans.reading() if scans else {}
@@ -165,8 +169,8 @@ class Worker:
         StuckError
             Where an earlier case took too long and cannot be stopped.
         """
-        if self.stuck:
-            raise self.stuck
+        for stage in self._stages.values():
+            stage.require_free()
         clock = time.monotonic()
         before = self.attempts.of(case.id)
         with self._room.alone() if before else self._room.beside_others():
@@ -195,23 +199,30 @@ class Worker:
         """The case's outcome, whatever happens; a fault is written into its folder."""
         try:
             if case.fault:
-                raise ScanError(f"{_scan_of(case)}: {case.fault}")
+                raise ScanError(f"{case.paths[0]}: {case.fault}" if case.paths else case.fault)
             digests = self._in("read", partial(_digests, case)) if self._is_known(case) else None
             earlier = self._earlier(case, self._key(case, digests)) if digests else None
             if earlier:
                 return earlier
-            if before.alone >= _DEATHS:
+            if before.alone >= self.job.attempts:
                 raise _WorkerLostError(
                     f"{before.alone} processes died over this case with no other beside it; it is not tried again "
                     "(--retry-failed does)"
                 )
             return self._done(case, digests)
         except (WriteError, StuckError) as error:
-            if isinstance(error, TakenError):  # of this case alone
+            if isinstance(error, WriteError) and self._is_of_one_case(error):
                 return self._fault(case, error)
             raise
-        except Exception as error:  # noqa: BLE001 - the one place that outlives any error: the next scan still counts
+        # The one place that outlives any error, an exit that the user's own code asks for included: the next scan still
+        # counts.
+        except (Exception, SystemExit) as error:  # noqa: BLE001
             return self._fault(case, error)
+
+    def _is_of_one_case(self, error: WriteError) -> bool:
+        """Whether the next case may be written all the same: the disk is there, and someone took this one's folder."""
+        taken = isinstance(error, TakenError) or isinstance(error.__cause__, FileNotFoundError)
+        return taken and self.folder.path.is_dir()
 
     def _done(self, case: Case, digests: list[str] | None) -> Outcome:
         try:
@@ -236,14 +247,7 @@ class Worker:
         return Outcome(case.id, case.paths[0], "done", stages=clocks, maps=maps, notes=notes)
 
     def _in(self, stage: str, work: Callable[[], T], clocks: dict[str, float] | None = None) -> T:
-        if self.stuck:
-            raise self.stuck
-        try:
-            value, seconds = self._stages[stage].run(work, self.job.time_limit_s)
-        except StuckError as error:
-            if stage != "read":  # a read that hangs is left alone; what hangs elsewhere holds the model, or the disk
-                self.stuck = error
-            raise OverTimeError(str(error)) from None
+        value, seconds = self._stages[stage].run(work, self.job.time_limit_s)
         if clocks is not None:
             clocks[stage] = round(seconds, 4)
         return value
@@ -277,7 +281,9 @@ class Worker:
             read = before or _digests(case)
         if before and read != before:
             raise ChangedError(f"{scan}: changed while it was being read; run again when nothing writes to it")
-        return self.explainer.prepare(scan, case.id, **self._reading), self._key(case, read)
+        ready = self.explainer.prepare(scan, case.id, **self._reading)
+        # Three scans are in work at a time.
+        return ready if self.explainer.draws else ready.without_voxels(), self._key(case, read)
 
     def _answer(self, case: Case, ready: Ready, lean: bool) -> Answer:
         return self.explainer.answer(ready, given=case.given or None, lean=lean)
@@ -293,7 +299,7 @@ class Worker:
         maps = tuple((heatmap.method_name, heatmap.target, heatmap.status) for heatmap in explanation.maps)
         return maps, explanation.notes
 
-    def _fault(self, case: Case, error: Exception) -> Outcome:
+    def _fault(self, case: Case, error: Exception | SystemExit) -> Outcome:
         status, code = kind_of(error)
         reason = str(error) if isinstance(error, VolsalError) else f"{type(error).__name__}: {error}"
         if code == "memory":
@@ -302,13 +308,17 @@ class Worker:
         if self._salt:
             reason, trace = without_uids(reason, self._salt), without_uids(trace, self._salt)
         fault = Fault(status, code, one_line(reason), self._key_of_fault(case), trace)
+        self.folder.sweep(case.id)
         self.folder.write_fault(case.id, fault)
         return Outcome(case.id, _scan_of(case), status, code, fault.reason, trace)
 
     def _key_of_fault(self, case: Case) -> str:
         """What a fault depends on; "" where the files cannot even be read, so that it is tried again the next time."""
+        if case.fault:
+            return ""
         try:
-            return self._key(case, _digests(case)) if not case.fault else ""
+            # With the stage's time limit: what hung once, as a file server does, would hang again.
+            return self._key(case, self._in("read", partial(_digests, case)))
         except (VolsalError, OSError):
             return ""
 
@@ -334,7 +344,9 @@ def kind_of(error: BaseException) -> tuple[Literal["refused", "failed"], str]:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether ``error``, or what it came from, is that memory could not be had."""
     seen: BaseException | None = error
-    while seen is not None:
+    before: set[int] = set()  # errors may name each other as their cause
+    while seen is not None and id(seen) not in before:
+        before.add(id(seen))
         if isinstance(seen, (MemoryError, torch.OutOfMemoryError)):
             return True
         # The CPU's allocator of torch raises a plain RuntimeError.
@@ -352,13 +364,21 @@ def _scan_of(case: Case) -> Path:
     return case.paths[0] if case.paths else Path()
 
 
-class _Stage:
-    """One thread, which does one thing at a time and can be asked to stop."""
+class _StopWorkError(BaseException):
+    """Raised in the middle of work that takes too long.  No ``except Exception`` on the way may take it for its own."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+
+class _Stage:
+    """One thread, which does one thing at a time and can be asked to stop.
+
+    ``holds``: whether work that cannot be stopped holds what any further work needs.
+    """
+
+    def __init__(self, name: str, holds: bool) -> None:
+        self._name, self._holds = name, holds
+        self._stuck = False
         self._turn = threading.Lock()
-        self._pool = self._new()
+        self._thread, self._asked = self._new()
 
     def run(self, work: Callable[[], T], limit_s: float) -> tuple[T, float]:
         """What ``work`` gives, and its seconds.  The limit counts from when it begins, not from when it is asked for.
@@ -366,47 +386,71 @@ class _Stage:
         Raises
         ------
         OverTimeError
-            Where it took longer and was stopped.
+            Where it took longer and was stopped, or could not be stopped: it hangs outside of Python.  Then its thread
+            is left to itself.
         StuckError
-            Where it took longer and could not be stopped: it hangs outside of Python.  Its thread is left to itself.
+            Where earlier work could not be stopped, and holds what this needs.
         """
         with self._turn:
-            thread: Future[int] = Future()
-
-            def timed() -> tuple[T, float]:
-                thread.set_result(threading.get_ident())
-                clock = time.monotonic()
-                return work(), time.monotonic() - clock
-
-            future = self._pool.submit(timed)
+            self.require_free()
+            clock = time.monotonic()
+            future: Future[T] = Future()
+            self._asked.put((future, work))
             try:
-                return future.result(limit_s)
+                value = future.result(limit_s)
             except TimeoutError:
-                if future.done():
-                    raise  # the work's own
-            try:
-                return self._stopped(future, thread.result(), limit_s)
-            finally:
-                # The exception may have come too late for the work, and have hit its thread.
-                self._pool.shutdown(wait=False)
-                self._pool = self._new()
+                if not future.done():
+                    self._stop(future, limit_s)
+                value = future.result()  # it was done that very moment, or the error is the work's own
+            return value, time.monotonic() - clock
 
-    def _stopped(self, future: Future[tuple[T, float]], thread: int, limit_s: float) -> tuple[T, float]:
-        """Raise an exception in the middle of the work; its result where it ends well all the same."""
+    def require_free(self) -> None:
+        """Raise StuckError where no more work can be done here."""
+        if self._stuck:
+            raise StuckError(
+                f"a case that took too long to {self._name} cannot be stopped, so this process cannot go on; that case "
+                "is set aside as failed: the same command does the rest (several --workers go on by themselves)"
+            )
+
+    def _stop(self, future: Future[T], limit_s: float) -> NoReturn:
+        """Raise an exception in the middle of the work, and go on with another thread.
+
+        What the work gives all the same is not used: it may have come about by dealing with that exception.
+        """
         said = f"took longer than {limit_s:g} s to {self._name} (time_limit in the config's batch, or --time-limit)"
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(OverTimeError))
-        try:
-            return future.result(_GRACE_S)
-        except OverTimeError:
-            raise OverTimeError(said) from None
-        except TimeoutError:
-            raise StuckError(f"{said}, and cannot be stopped") from None
+        thread, asked = self._thread, self._asked
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(_StopWorkError))
+        asked.put(None)
+        # The exception may come too late for the work, and hit its thread.
+        self._thread, self._asked = self._new()
+        if wait([future], _GRACE_S).not_done:
+            self._stuck = self._holds
+            raise OverTimeError(f"{said}, and could not be stopped")
+        raise OverTimeError(said)
 
-    def _new(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(1, thread_name_prefix=f"volsal-{self._name}")
+    def _new(self) -> tuple[threading.Thread, SimpleQueue[Any]]:
+        asked: SimpleQueue[Any] = SimpleQueue()
+        # A daemon: a process must be able to end although something in it hangs for good.
+        thread = threading.Thread(target=_serve, args=(asked,), name=f"volsal-{self._name}", daemon=True)
+        thread.start()
+        return thread, asked
 
     def close(self) -> None:
-        self._pool.shutdown(wait=True)
+        """Let the thread end, after what it is at."""
+        self._asked.put(None)
+        self._thread.join()
+
+
+def _serve(asked: SimpleQueue[Any]) -> None:
+    """Do what is asked for, until that is None."""
+    with suppress(_StopWorkError):  # which came too late for the work it was meant for
+        while (one := asked.get()) is not None:
+            future, work = one
+            try:
+                future.set_result(work())
+            except BaseException as error:  # noqa: BLE001 - it is for the one who waits, whatever it is
+                future.set_exception(error)
+            del future, work, one  # a scan that is through is not held until the next one comes
 
 
 class _Room:

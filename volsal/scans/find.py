@@ -25,6 +25,7 @@ RUN_FILES = (
     "run.json", "inputs.json", "run.log.jsonl", "cases.csv", "cases.parquet", "audit.json", "audit.csv", "report",
     "report.html",
 )  # fmt: skip
+_RUN = frozenset(("run.json", "inputs.json"))  # what tells a run folder
 _SEGMENTATION = ".seg.nrrd"  # 3D Slicer's
 # No folder of Windows can have such a name.
 _RESERVED = re.compile("con|prn|aux|nul|com[0-9]|lpt[0-9]")
@@ -115,8 +116,8 @@ def look(folder: Path, pattern: str | None = None) -> Found:
     """Scan files below ``folder``; a folder that directly holds DICOM files is one scan.
 
     ``pattern`` is matched against the path relative to ``folder`` and against the file's name.  Hidden files and
-    macOS's ``._`` twins are passed over, links to folders are not followed, and folders that hold a ``case.json`` are
-    volsal's own results.
+    macOS's ``._`` twins are passed over, links to folders are not followed, and run folders and folders that hold a
+    ``case.json`` are volsal's own results.
     """
     scans: list[Path] = []
     over: Counter[str] = Counter()
@@ -127,6 +128,10 @@ def look(folder: Path, pattern: str | None = None) -> Found:
     for where, folders, files in os.walk(folder, onerror=unreadable):
         here = Path(where)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if _RUN.issubset(files) and here != Path(folder):
+            over["run folders, with volsal's own results"] += 1
+            folders.clear()  # also what a run that was killed left unfinished
+            continue
         if "case.json" in files:
             over["folders of volsal's own results"] += 1
             continue
@@ -169,7 +174,7 @@ def match(patterns: Sequence[str], folder: Path) -> Found:
     """
     starts = [_start(pattern, folder) for pattern in patterns]
     top = Path(os.path.commonpath([start for start, _ in starts]))
-    results = cache(lambda where: (where / "case.json").exists())
+    results = cache(lambda where: (where / "case.json").exists() or all((where.parent / f).exists() for f in _RUN))
     over: Counter[str] = Counter()
     matched: set[Path] = set()
     for pattern, (start, rest) in zip(patterns, starts, strict=True):

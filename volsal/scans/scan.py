@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -70,7 +71,7 @@ class Scan:
             raise ScanError(
                 f"{self}: {len(bad):,} of {self.array.size:,} voxels are NaN or infinite, the first at "
                 f"{tuple(int(i) for i in bad[0])}; a model's answer to them means nothing: fill them, or say with "
-                "what (--nan)"
+                "what (--nan, or nan: in the config's scans)"
             )
 
     def __str__(self) -> str:
@@ -90,6 +91,14 @@ class Scan:
     def paths(self) -> tuple[Path | None, ...]:
         """The path of every channel."""
         return (self.path, *(scan.path for scan in self.further))
+
+    def without_voxels(self) -> Scan:
+        """The same, with zeros that take no memory in place of its voxels: where it lies and what it is called stay."""
+        emptied = copy(self)
+        # Past the checks, which would go through all the zeros.
+        object.__setattr__(emptied, "array", np.broadcast_to(np.float32(0), self.grid.shape))
+        object.__setattr__(emptied, "further", tuple(scan.without_voxels() for scan in self.further))
+        return emptied
 
     @classmethod
     def from_array(cls, array: ArrayLike, affine: ArrayLike) -> Scan:
