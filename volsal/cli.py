@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shlex
+import signal
 import sys
 import time
 import traceback
@@ -44,7 +45,9 @@ if TYPE_CHECKING:
 
 # A mistake in the config fails every scan alike: it is told this often, and then counted.
 _REPEATS = 3
-SOME_FAILED, NO_SENSE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+# Notes on results that a run's summary tells; with numbers in them, no two cases' may be alike.
+_NOTES = 10
+SOME_FAILED, NO_SENSE, INTERRUPTED = 1, 2, 130
 # Where no one watches a bar, a run says this often how far it is.
 _SAY_EVERY_S = 60.0
 
@@ -368,7 +371,8 @@ def run(
         for outcome in _watched(work, silent):
             tally.add(outcome)
     except WriteError:
-        say(f"stopped: {tally.ended} of {len(work.cases)} cases are through and safe; make room, and run it again", err)
+        if tally.ended:
+            say(f"stopped: {tally.ended} of {len(work.cases)} cases are through and safe; mend this and go on:", err)
         raise
     table = work.collect()
     if as_json:
@@ -376,7 +380,7 @@ def run(
     else:
         _summary(work, tally, table)
     if work.stopped_by:
-        raise typer.Exit(INTERRUPTED if work.stopped_by == "SIGINT" else TERMINATED)
+        raise typer.Exit(128 + signal.Signals[work.stopped_by])
     if tally.bad:
         raise typer.Exit(SOME_FAILED)
 
@@ -395,7 +399,7 @@ def _watched(work: Run, quiet: bool = False) -> Iterator[Outcome]:
     reasons: Counter[str] = Counter()
     with _run_progress(quiet) as progress:
         shown = _Pace(progress, len(work.cases), quiet)
-        for outcome in work.watch(_steps(progress), lambda text: say(text, err)):
+        for outcome in work.watch(_steps(progress), _tell):
             shown.tick(outcome)
             if outcome is None:
                 continue
@@ -411,6 +415,12 @@ def _watched(work: Run, quiet: bool = False) -> Iterator[Outcome]:
     for reason, times in reasons.items():
         if times > _REPEATS:
             say(f"and {times - _REPEATS} more for the same reason: {reason}", err)
+
+
+def _tell(text: str) -> None:
+    say(text, err)
+    if err.is_terminal:  # where that a run is abandoned was its last word, a bar would leave the cursor hidden
+        err.show_cursor()
 
 
 class _Pace:
@@ -488,12 +498,13 @@ def _progress(quiet: bool = False) -> Progress:
 
 def _run_progress(quiet: bool) -> Progress:
     told = TextColumn("{task.fields[told]}")
-    return Progress(*_columns(), _Told(told), console=err, transient=True, disable=quiet or not err.is_terminal)
+    shown = *_columns(None), _Told(told)  # the bar takes what the rest leaves of the line
+    return Progress(*shown, console=err, transient=True, expand=True, disable=quiet or not err.is_terminal)
 
 
-def _columns() -> list[ProgressColumn]:
+def _columns(width: int | None = 40) -> list[ProgressColumn]:
     left = TextColumn("left:"), TimeRemainingColumn()
-    return [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), *left]
+    return [TextColumn("{task.description}"), BarColumn(width), MofNCompleteColumn(), TimeElapsedColumn(), *left]
 
 
 class _Told(ProgressColumn):
@@ -514,8 +525,10 @@ def _summary(work: Run, tally: Tally, csv: Path) -> None:
         table.add_row(*map(cell, pair), *map(str, (sum(counts), *counts)))
     if tally.maps:
         out.print(table)
-    for note, times in tally.notes.most_common():
+    for note, times in tally.notes.most_common(_NOTES):
         say(f"note, {times} x: {note}", style="yellow")
+    if len(tally.notes) > _NOTES:
+        say(f"and {len(tally.notes) - _NOTES} other notes, each in its case's case.json", style="yellow")
     count = tally.states
     each = f" ({tally.seconds / count['done']:.1f} s each)" if count["done"] else ""
     kept = f", {count['kept']} kept from before" if count["kept"] else ""
@@ -543,9 +556,9 @@ def status(
     states = ", ".join(f"{number} {state}" for state, number in found.states.items())
     say(f"{found.cases} cases: {states}")
     if found.holder:
-        rate = f"; {found.per_minute:.1f} cases/min" if found.per_minute else ""
+        rate = f", {found.per_minute:.1f} cases/min" if found.per_minute else ""
         left = f", {duration(found.left_s)} left" if found.left_s else ""
-        say(f"at work: {found.holder}{rate}{left}")
+        say(f"at work: {found.holder}; it has been through {found.through} of {found.cases} cases{rate}{left}")
     else:
         how = {
             None: "the last run was killed, or the machine went down",
@@ -598,6 +611,104 @@ def report(
             folder, output, single=single, scans=scans, progress=lambda _, done, of: show("cases", done, of)
         )
     say(f"{page}  (open it in a browser)")
+
+
+@app.command()
+@_explained
+def audit(
+    config: Annotated[Path, typer.Argument(help="YAML file with model, preprocess, scans and output; see configs/.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Run folder. Replaces the config's.")] = None,
+    method: MethodOption = None,
+    target: TargetOption = None,
+    scans: Annotated[int | None, typer.Option(min=1, help="At most so many scans. Replaces audit.scans.")] = None,
+    quiet: QuietOption = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print audit.json and nothing else.")] = False,
+) -> None:
+    """Can these maps be believed, and does the model answer by what it should?
+
+    Small balls are taken out of each scan where the maps point, and elsewhere; masks are not needed, and used where the
+    cases have some. Writes audit.json and audit.csv into the run folder. An interrupted audit is taken up.
+    """
+    from volsal.audit.run import audit as audited
+    from volsal.batch.cases import cases_of
+    from volsal.config import ConfigError, load_config
+    from volsal.explain import Explainer
+    from volsal.scans.write import require_writable
+
+    settings = _load(load_config(config))
+    found = cases_of(settings)
+    if output is None and settings.output is None:
+        raise ConfigError(f"{config}: output: missing; say where the audit goes, here or with --output")
+    folder = output or settings.folder / str(settings.output)
+    require_writable(folder)
+    section = settings.audit if scans is None else settings.audit.model_copy(update={"scans": scans})
+    with _progress(quiet or as_json) as progress:
+        explainer = Explainer.from_config(settings, method, target)
+        result = audited(explainer, found.cases.values(), section, folder, _steps(progress), **_reading(settings))
+    if as_json:
+        print(json.dumps(result.describe(), indent=1))
+        return
+    for verdict in result.verdicts:
+        say(f"{verdict.name}: {verdict.verdict}", style="bold")
+        say(f"  {verdict.words}")
+    for one in result.suspicious[:_REPEATS]:
+        say(f"look at {one.case}: {one.reason}")
+    if len(result.suspicious) > _REPEATS:
+        say(f"and at {len(result.suspicious) - _REPEATS} more, see audit.json")
+    for case, reason in result.about["skipped"].items():
+        say(f"left out: {case}: {reason}", err)
+    say(f"{len(result.records)} scans; rules, thresholds and figures: {folder / 'audit.json'}")
+
+
+@app.command()
+@_explained
+def choose(
+    config: ConfigArgument,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.01, help="Begin no further scan after so many minutes.")
+    ] = None,
+    scans: Annotated[int, typer.Option(min=1, help="At most so many scans, evenly spread.")] = 12,
+    target: TargetOption = None,
+    quiet: QuietOption = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON and nothing else.")] = False,
+) -> None:
+    """Which map to believe for your model, measured on your scans, without masks.
+
+    Methods and layers are tried, beside the config's own: a small ball is taken out of each scan where a map peaks, and
+    the model is asked again. It may be that none can be trusted.
+    """
+    from volsal.audit.choose import choose as chosen
+    from volsal.batch.cases import cases_of
+    from volsal.config import load_config
+    from volsal.explain import Explainer
+
+    settings = _load(load_config(config))
+    cases = list(cases_of(settings).cases.values())
+    with _progress(quiet or as_json) as progress:
+        found = chosen(
+            Explainer.from_config(settings, targets=target),
+            cases,
+            settings=settings.audit,
+            scans=scans,
+            minutes=minutes,
+            progress=_steps(progress),
+            **_reading(settings),
+        )
+    if as_json:
+        print(json.dumps(found.describe(), indent=1))
+        return
+    for line in found.words:
+        say(line)
+    table = Table(box=None, pad_edge=False)
+    for column in ("candidate", "moves the score, of the best", "trusted for"):
+        table.add_column(column, overflow="fold")
+    for one in found.candidates:
+        score = f"{one.score:.2f}" if isinstance(one.score, float) else "-"
+        table.add_row(cell(one.method), score, cell(", ".join(one.answers) or "-"))
+    out.print(table)
+    for case, reason in found.skipped.items():
+        say(f"left out: {case}: {reason}", err)
+    say(f"{found.scans} scans, {duration(found.seconds)}")
 
 
 @app.command()

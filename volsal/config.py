@@ -217,6 +217,9 @@ class BatchSection(_Section):
     """How a run is carried out; none of it changes a result."""
 
     workers: int = Field(1, ge=1, description="processes on this machine; more than one need volsal[cluster]")
+    attempts: int = Field(
+        6, ge=1, description="processes that may die over a case, with no other beside it, before it is set aside"
+    )
     time_limit: float = Field(30.0, gt=0, allow_inf_nan=False, description="minutes for each stage of one case")
 
 
@@ -227,6 +230,36 @@ class MapsSection(_Section):
         "float32",
         description="integers are times a slope, smaller, and rounded: the record states the largest error; a map with "
         "negative values then takes the signed integers of that width",
+    )
+
+
+class AuditSection(_Section):
+    """What the audit asks, and from where on it speaks of trust or of a shortcut; every threshold of its rules."""
+
+    scans: int = Field(60, ge=1, description="at most so many of the run's cases, evenly spread")
+    candidates: bool = Field(True, description="beside the config's methods also try those that `volsal choose` tries")
+    radius_mm: float = Field(10.0, gt=0, description="of the balls that are taken out of a scan")
+    blur_mm: float = Field(12.0, gt=0, description="balls are filled with the scan blurred by this standard deviation")
+    controls: int = Field(19, ge=9, description="balls elsewhere that each is compared with")
+    tolerance_mm: float = Field(6.0, ge=0, description="a peak so near a mask hits it")
+    patient: str | None = Field(None, description="the group column that says whose scan it is")
+    checked: int = Field(6, ge=0, description="scans on which sanity, stability and deletion are computed")
+    alpha: float = Field(0.01, gt=0, lt=1, description="chance of any false trust, over all methods and answers")
+    min_scans: int = Field(5, ge=3, description="fewer scans of one answer say nothing")
+    min_share: float = Field(0.5, gt=0, le=1, description="trust: of the scans whose score moves at the map's peak")
+    min_effect: float = Field(0.1, ge=0, description="trust: median effect, in spreads of the score over scans")
+    min_change: float = Field(0.05, ge=0, description="trust: median effect, in log odds")
+    min_effect_other: float = Field(
+        0.25, ge=0, description="trust: median effect of outputs that are no log odds, in spreads"
+    )
+    max_alike: float = Field(0.5, gt=0, description="trust: top Dice with the map of random weights, at most")
+    min_stable: float = Field(0.5, ge=0, description="trust: share of harmless changes under which the peak stays")
+    body_margin_mm: float = Field(6.0, ge=0, description="so near the body is not outside of it")
+    border_mm: float = Field(10.0, ge=0, description="so near the field's faces is its border")
+    shortcut_effect: float = Field(0.2, gt=0, description="shortcut: effect in one scan, in spreads of the score")
+    shortcut_share: float = Field(0.25, gt=0, le=1, description="shortcut: share of the scans of one answer")
+    brightness_left: float = Field(
+        0.5, gt=0, lt=1, description="shortcut: share of the answers' spread that equal brightness leaves"
     )
 
 
@@ -250,6 +283,7 @@ class Config(_Section):
     scans: ScansSection | None = None
     output: str | None = Field(None, description="the run folder")
     maps: MapsSection = MapsSection.model_validate({})
+    audit: AuditSection = Field(AuditSection.model_validate({}), description="what `volsal audit` asks, and its rules")
     batch: BatchSection = Field(BatchSection.model_validate({}), description="how a run is carried out")
     per_channel: bool = Field(
         False,
@@ -382,6 +416,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "windows": WindowsSection,
     "scans": ScansSection,
     "maps": MapsSection,
+    "audit": AuditSection,
     "scans.columns": ColumnsSection,
 }
 

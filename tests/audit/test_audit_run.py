@@ -1,0 +1,276 @@
+"""The whole audit: true causes are named, honest models are not flagged, and what was done is not done again."""
+
+import csv
+import json
+from dataclasses import replace
+
+import nibabel as nib
+import numpy as np
+import planted
+import pytest
+from typer.testing import CliRunner
+
+from volsal import Explainer, GradientTimesInput
+from volsal.audit import run
+from volsal.audit.metric import Undefined
+from volsal.audit.run import audit
+from volsal.audit.shortcuts import brightness, fixed_in_field, side_of
+from volsal.audit.subject import subject_of
+from volsal.audit.trust import TRUSTED, UNDECIDED, UNTRUSTED
+from volsal.audit.verdicts import CLEAR, FLAGGED, ON, Evidence, group_differences
+from volsal.cli import app
+from volsal.config import AuditSection
+
+SETTINGS = AuditSection(candidates=False, min_scans=4, checked=1, controls=9)
+REGIONS = ("outside the body", "in padding", "at the field's border", "in a corner of the field")
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scans")
+    return lambda cue, count=12: planted.cases(folder, cue, count, masks=True)
+
+
+def explainer(net, method="gradient-x-input"):
+    return Explainer(net, None, method, "predicted-class")
+
+
+@pytest.fixture(scope="module")
+def honest(scans, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    return audit(explainer(planted.Bright()), scans("lesion"), SETTINGS, folder), folder
+
+
+def test_an_honest_model_is_trusted_and_not_flagged(honest):
+    found, _ = honest
+    assert found.verdict("trust: gradient-x-input").verdict == TRUSTED
+    assert [one.name for one in found.verdicts if one.verdict == FLAGGED] == []
+    assert found.verdict("mask: evidence").verdict == ON
+    assert found.suspicious == ()
+    metrics = found.metrics["gradient-x-input"]
+    assert metrics["evidence: pointing game"]["value"] == 1
+    assert metrics["evidence: pointing game"]["n"] == 6
+    assert metrics["evidence: pointing game"]["undefined"] == 6  # counted, and no zeroes
+    assert metrics["evidence: pointing game, null: moved mask"]["value"] < 0.5
+    assert metrics["effect at the peak, spreads"]["low"] > 0
+
+
+def test_a_marker_in_the_air_is_named_with_its_place(scans):
+    found = audit(explainer(planted.Bright(planted.MARKER)), scans("marker"), SETTINGS)
+    for name in ("outside the body", "in a corner of the field"):
+        verdict = found.verdict(name)
+        assert verdict.verdict == FLAGGED
+        assert "class 1" in verdict.words
+        assert "left posterior inferior" in verdict.words
+        assert verdict.figures["class 1"]["suspicious"] == 6
+        assert verdict.figures["class 0"]["suspicious"] == 0
+    assert {one.case for one in found.suspicious} == {f"marker-{n:02d}" for n in range(0, 12, 2)}
+    assert "outside the body" in found.suspicious[0].reason
+    weights = [one.weight for one in found.suspicious]
+    assert weights == sorted(weights, reverse=True)
+    assert found.verdict("overall brightness").verdict == CLEAR
+
+
+def test_without_a_body_nothing_counts_as_outside(scans, tmp_path):
+    cases = []
+    for case in scans("marker"):
+        image = nib.load(case.paths[0])
+        noise = np.random.default_rng(len(cases)).normal(1, 0.05, image.shape)  # fills the field as tissue does
+        path = tmp_path / case.paths[0].name
+        nib.save(nib.Nifti1Image((noise + (np.asanyarray(image.dataobj) > 1.6)).astype(np.float32), image.affine), path)
+        cases.append(replace(case, paths=(path,), masks={}))
+    found = audit(explainer(planted.Bright(planted.MARKER)), cases, SETTINGS)
+    assert found.verdict("outside the body").verdict == UNDECIDED
+    assert "the body is not known" in found.verdict("outside the body").words
+    assert found.verdict("at the field's border").verdict == UNDECIDED
+
+
+def test_a_model_that_reads_the_brightness_is_flagged_for_it(scans):
+    found = audit(explainer(planted.Level()), scans("brightness"), SETTINGS)
+    assert found.verdict("overall brightness").verdict == FLAGGED
+    assert "how bright the whole scan is" in found.verdict("overall brightness").words
+    assert [found.verdict(name).verdict for name in REGIONS] == [CLEAR] * 4
+
+
+def test_a_model_of_random_weights_is_told_to_answer_alike(scans):
+    found = audit(explainer(planted.small_net(1)), scans("lesion"), SETTINGS)
+    assert found.verdicts[0].verdict == "answers all scans alike"
+    assert found.verdict("trust: gradient-x-input").verdict == UNTRUSTED
+    assert found.verdict("overall brightness").verdict == UNDECIDED
+    assert [one.name for one in found.verdicts if one.verdict == FLAGGED] == []
+
+
+def test_audit_json_holds_every_verdict_with_its_rule_and_thresholds(honest):
+    found, folder = honest
+    content = json.loads((folder / "audit.json").read_text())
+    assert content["version"] == run.VERSION
+    assert all(set(one) == {"name", "verdict", "rule", "words", "figures"} for one in content["verdicts"])
+    rule = next(one["rule"] for one in content["verdicts"] if one["name"] == "trust: gradient-x-input")
+    assert "10 mm ball" in rule
+    assert "9 balls elsewhere" in rule
+    assert content["settings"]["controls"] == 9
+    assert set(content["metrics"]["gradient-x-input"]["delta AUPC"]) >= {"value", "low", "high", "n", "undefined"}
+    assert content["metrics"]["gradient-x-input"]["delta AUPC"]["n"] == 1  # of the one that was checked
+    assert content["answers"] == {"class 1": 6, "class 0": 6}
+    with (folder / "audit.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 12
+    by_case = {record["case"]: record for record in found.records}
+    for row in rows:
+        trial = by_case[row["case"]]["methods"]["gradient-x-input"].get("trial")
+        assert float(row["peak_x_mm"]) == trial["mm"][0] if trial else row["undefined"]
+
+
+def test_mean_maps_of_each_answer_are_written_where_scans_share_a_grid(honest, scans):
+    found, folder = honest
+    (told,) = [of for answer, of in found.about["cohort"].items() if answer == "class 1"]
+    assert told["scans"] == 6
+    mean, variance, number = (np.asanyarray(nib.load(folder / file).dataobj) for file in told["files"])
+    net = explainer(planted.Bright())
+    maps = [
+        subject_of(net, case).maps({"gxi": GradientTimesInput()})["gxi"]
+        for case in scans("lesion")
+        if case.label == "1"
+    ]
+    assert np.allclose(mean, np.mean(maps, axis=0), atol=1e-5)
+    assert np.allclose(variance, np.var(maps, axis=0, ddof=1), atol=1e-4)
+    assert (number == 6).all()
+
+
+def test_an_interrupted_audit_is_taken_up(honest, scans, monkeypatch):
+    found, folder = honest
+    asked = []
+    real = run.subject_of
+    monkeypatch.setattr(
+        run, "subject_of", lambda explainer, case, **how: asked.append(case.id) or real(explainer, case)
+    )
+    cases = scans("lesion")
+    again = audit(explainer(planted.Bright()), cases, SETTINGS, folder)
+    assert asked == []
+    assert json.dumps(again.metrics) == json.dumps(found.metrics)
+    (folder / cases[3].id / "audit.json").write_text("{ half")
+    audit(explainer(planted.Bright()), cases, SETTINGS, folder)
+    assert asked == [cases[3].id]
+    # Thresholds of verdicts are read anew; what figures depend on makes them anew.
+    strict = audit(explainer(planted.Bright()), cases, SETTINGS.model_copy(update={"min_effect": 50}), folder)
+    assert strict.verdict("trust: gradient-x-input").verdict == UNTRUSTED
+    assert len(asked) == 1
+    audit(explainer(planted.Bright()), cases[:1], SETTINGS.model_copy(update={"radius_mm": 12}), folder)
+    assert len(asked) == 2
+
+
+def test_scans_that_cannot_be_read_are_told(scans, tmp_path):
+    cases = scans("lesion")[:5]
+    broken = replace(cases[0], id="broken", paths=(tmp_path / "none.nii.gz",))
+    found = audit(explainer(planted.Bright()), [*cases, broken], SETTINGS)
+    assert list(found.about["skipped"]) == ["broken"]
+    assert len(found.records) == 5
+
+
+def test_groups_that_differ_are_told_and_others_are_not():
+    random = np.random.default_rng(3)
+    records = [
+        {"case": f"c{at}", "answer": "class 1", "methods": {"map": {"trial": {"effect": 10 * (at % 2) + noise}}}}
+        for at, noise in enumerate(random.normal(0, 1, 24))
+    ]
+    names = [record["case"] for record in records]
+    evidence = Evidence(records, "map", SETTINGS, dict.fromkeys(names, 5.0), {})
+    groups = {
+        "site": {name: "ab"[at % 2] for at, name in enumerate(names)},
+        "sex": {name: "fm"[at // 2 % 2] for at, name in enumerate(names)},
+        "scanner": dict.fromkeys(names, "only one"),
+    }
+    told = group_differences(evidence, groups)
+    assert told.verdict == "differ"
+    rows = {(row["group"], row["value"]): row for row in told.figures["differences"]}
+    assert set(rows) == {("site", "a"), ("site", "b"), ("sex", "f"), ("sex", "m")}
+    assert rows["site", "b"]["difference"] == pytest.approx(2, abs=0.3)  # 10 of a spread of 5
+    assert "site b" in told.words
+    assert "sex" not in told.words
+    assert all(row["adjusted"] >= row["p_value"] for row in rows.values())
+    assert group_differences(evidence, {}).verdict == UNDECIDED
+
+
+def test_patients_with_several_scans_count_once(scans):
+    cases = [replace(case, groups={"patient": f"p{at // 6}"}) for at, case in enumerate(scans("lesion"))]
+    found = audit(explainer(planted.Bright()), cases, SETTINGS)
+    assert found.metrics["gradient-x-input"]["effect at the peak, spreads"]["patients"] == 2
+
+
+def test_brightness_is_told_from_levels_that_explain_nothing():
+    gains = [0.5, 1.0, 2.0]
+    levels = np.exp(np.random.default_rng(0).normal(0, 0.2, 20))
+
+    def records(answer):
+        return [
+            {"brightness": {"level": v, "gains": gains, "answers": [[answer(n, np.log(v * g))] for g in gains]}}
+            for n, v in enumerate(levels)
+        ]
+
+    follows = brightness(records(lambda n, log: 3 * log))  # equal levels, equal answers
+    assert follows["spread_left"] == pytest.approx(0, abs=1e-9)
+    assert follows["p_value"] == pytest.approx(1 / 200)
+    ignores = brightness(records(lambda n, log: float(n % 2)))
+    assert ignores["spread_left"] == pytest.approx(1)
+    assert "undefined" in brightness(records(lambda n, log: 1.0))["spread_left"]
+    assert "undefined" in brightness(records(lambda n, log: log)[:2])["spread_left"]
+
+
+def test_what_keeps_still_in_the_field_is_told_from_what_moves_with_the_patient():
+    random = np.random.default_rng(1)
+    bodies = random.normal(0, 20, (12, 3))
+    noise = random.normal(0, 3, (12, 3))
+    about = [{"body": {"centre_mm": list(mm)}, "field_centre_mm": [0.0, 0, 0]} for mm in bodies]
+    still = fixed_in_field(about, noise + np.array([30, 0, 0]))
+    assert still["low"] > 1.5
+    assert still["in_field_mm"] == pytest.approx(np.sqrt(((noise - noise.mean(0)) ** 2).sum(1).mean()))
+    assert fixed_in_field(about, bodies + noise)["ratio"] < 0.5
+    assert "undefined" in fixed_in_field(about[:4], noise[:4])["ratio"]
+
+
+def test_sides_are_the_patients_own(scans):
+    subject = subject_of(explainer(planted.Bright()), scans("lesion", 1)[0])
+    assert side_of(subject, np.array([2, 2, 2])) == "left posterior inferior"
+    assert side_of(subject, np.array([22, 12, 11])) == "right"
+    assert side_of(subject, np.array([12, 12, 12])) == "central"
+
+
+def test_the_command_prints_verdicts_first_and_writes_the_files(scans, tmp_path):
+    cases = scans("marker")
+    net = tmp_path / "net.py"
+    net.write_text(
+        f"import sys\nsys.path.insert(0, {str(planted.__file__.rsplit('/', 1)[0])!r})\nimport planted\n"
+        "def build():\n    return planted.Bright(planted.MARKER)\n"
+    )
+    table = "case,scan,label\n" + "".join(f"{case.id},{case.paths[0]},{case.label}\n" for case in cases)
+    (tmp_path / "cases.csv").write_text(table)
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "model: {factory: 'net.py:build'}\nmethods: [gradient-x-input]\nscans: {table: cases.csv}\noutput: out\n"
+        "audit: {candidates: false, min_scans: 4, checked: 0, controls: 9}\n"
+    )
+    result = CliRunner().invoke(app, ["audit", str(config), "--quiet"])
+    assert result.exit_code == 0, result.output
+    assert result.output.startswith("trust: gradient-x-input: can be trusted")
+    assert "outside the body: flagged" in result.output
+    assert (tmp_path / "out" / "audit.json").is_file()
+    assert (tmp_path / "out" / "audit.csv").is_file()
+    told = CliRunner().invoke(app, ["choose", str(config), "--scans", "8", "--quiet", "--json"])
+    assert told.exit_code == 0, told.output
+    assert json.loads(told.stdout)["recommended"]
+
+
+def test_a_misspelt_threshold_is_told(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("model: {factory: 'a:b'}\naudit: {radius: 5}\n")
+    result = CliRunner().invoke(app, ["audit", str(config)])
+    assert result.exit_code == 2
+    assert "audit.radius: unknown key" in result.output
+
+
+def test_figures_that_were_not_asked_for_are_undefined():
+    from volsal.audit.examine import figure, plain
+
+    assert isinstance(figure(None), Undefined)
+    assert figure(plain(Undefined("no room"))) == Undefined("no room")
+    assert figure(plain(0.25)) == 0.25

@@ -1,0 +1,293 @@
+"""Which map to believe: on networks whose evidence is known by construction, and on such as know nothing."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import planted
+import pytest
+import torch
+
+from volsal import Explainer, GradCAM, GradientTimesInput, InputGradient
+from volsal.attribution import Context, HiResCAM, Method
+from volsal.audit.choose import NONE, TOO_FEW, candidates_of, choose, sampled, twin_of
+from volsal.audit.metric import Undefined
+from volsal.audit.probe import Probe, peak_of
+from volsal.audit.subject import answer_of, subject_of
+from volsal.audit.trust import TRUSTED, UNDECIDED, UNTRUSTED, binomial_tail, judge
+from volsal.choices import SettingsError
+from volsal.config import AuditSection
+from volsal.scans.find import Case
+from volsal.scans.labels import read_labels
+
+SETTINGS = AuditSection(min_scans=4, checked=2)
+# For those that are asked of many seeds.
+FEW = AuditSection(min_scans=4, checked=2, controls=9)
+
+
+@dataclass(frozen=True)
+class Shuffled(Method):
+    """A true map with its voxels in random order."""
+
+    seed: int = 0
+
+    id = "shuffled"
+    unit = "none"
+    signed = True
+
+    def ingredients(self):
+        return (GradientTimesInput(),)
+
+    def compose(self, volume, answers, context):
+        flat = answers[0].maps[0].flatten()
+        random = torch.Generator().manual_seed(self.seed + int(1e3 * float(volume.abs().sum())) % 100_000)
+        mixed = flat[torch.randperm(len(flat), generator=random)].reshape(answers[0].maps[0].shape)
+        return replace(answers[0], maps=[mixed])
+
+
+@dataclass(frozen=True)
+class Intensity(Method):
+    """The scan itself."""
+
+    id = "intensity"
+    unit = "none"
+    signed = False
+
+    def ingredients(self):
+        return (InputGradient(),)
+
+    def compose(self, volume, answers, context):
+        return replace(answers[0], maps=[volume.clone()])
+
+
+@pytest.fixture(scope="module")
+def lesions(tmp_path_factory):
+    return planted.cases(tmp_path_factory.mktemp("lesions"), "lesion", 12)
+
+
+def explainer(net):
+    return Explainer(net, None, "grad-cam", "predicted-class")
+
+
+def test_a_map_that_points_at_the_evidence_is_recommended(lesions):
+    net = explainer(planted.Bright())
+    found = choose(net, lesions, settings=SETTINGS, scans=10)
+    best = found.candidates[0]
+    assert best.method == found.recommended
+    assert best.answers == ("class 1",)
+    assert best.score == 1
+    assert found.words[0] == f"recommended: {found.recommended}, for class 1"
+    assert found.describe()["candidates"][0]["method"] == found.recommended
+    # Without a lesion nothing is there to be taken away.
+    assert {one.verdict for one in best.trust if one.answer == "class 0"} == {UNTRUSTED}
+    for case in lesions[::2]:
+        mask = read_labels(str(case.paths[0]).replace(".nii", "_mask.nii"), subject_of(net, case).grid)
+        peak = peak_of(subject_of(net, case).maps({"best": found.method})["best"])
+        assert mask[tuple(peak)] == 1
+
+
+def test_shuffled_maps_are_not_trusted_whatever_the_seed(lesions):
+    """Of 20 seeds; were each trusted with the 5 % that are allowed, more than 3 would be as rare as 1.6 %."""
+    net = explainer(planted.Bright())
+    wrong = 0
+    for seed in range(20):
+        found = choose(net, lesions, {"shuffled": Shuffled(seed)}, FEW, scans=8)
+        wrong += found.recommended is not None
+        assert found.words[0] in (NONE, TOO_FEW) or found.recommended
+    assert wrong <= 3
+
+
+@pytest.mark.slow
+def test_no_map_of_random_weights_is_trusted_whatever_the_seed(lesions):
+    """As above; the networks answer something, and their gradients are true of it."""
+    wrong = 0
+    methods = {"gxi": GradientTimesInput(), "gradient": InputGradient(), "cam": HiResCAM("3")}
+    for seed in range(20):
+        found = choose(explainer(planted.small_net(seed, seed % 2 == 0)), lesions, methods, FEW, scans=6)
+        wrong += found.recommended is not None
+    assert wrong <= 3
+
+
+def test_a_map_that_random_weights_draw_too_is_vetoed(lesions):
+    found = choose(explainer(planted.Bright()), lesions, {"intensity": Intensity()}, SETTINGS, scans=10)
+    case = next(one for one in found.candidates[0].trust if one.answer == "class 1")
+    assert case.moved == case.scans  # the lesion is what is brightest
+    assert case.alike == 1
+    assert case.verdict == UNTRUSTED
+    assert "random weights draw nearly the same map" in case.words
+    assert found.recommended is None
+
+
+def test_candidates_are_the_given_methods_and_the_usual_ones_at_each_resolution():
+    net, volume = planted.small_net(), torch.zeros(1, 1, 24, 24, 24)
+    names = list(candidates_of(net, volume, {"mine": HiResCAM("5")}))
+    assert names[0] == "mine"
+    assert {"guided-backprop", "gradient-x-input", "input-gradient", "integrated-gradients"} <= set(names)
+    methods = candidates_of(net, volume, {"mine": HiResCAM("5")}).values()
+    layers = [method.layer for method in methods if method.id == "hires-cam"]
+    assert layers == ["5", "8", "2"]  # the given one, the default, and the finer one that was not given
+    default = candidates_of(net, volume, {"grad-cam": GradCAM()})
+    assert sum(m.id == "grad-cam" for m in default.values()) == 3  # not the default layer twice
+
+
+def test_a_sample_is_spread_over_labels_and_leaves_out_faults():
+    cases = [Case(f"c{i}", (), label="ab"[i >= 8]) for i in range(10)] + [Case("bad", (), fault="no file", label="b")]
+    chosen = sampled(cases, 4)
+    assert [case.label for case in chosen].count("b") >= 1
+    assert len({case.id for case in chosen}) == 4
+    assert sampled(cases, 100) == sampled(cases, 100)
+    assert len(sampled(cases, 100)) == 10
+
+
+def test_a_budget_of_no_time_still_uses_a_scan(lesions):
+    found = choose(explainer(planted.Bright()), lesions, {"gxi": GradientTimesInput()}, SETTINGS, minutes=1e-9)
+    assert found.scans == 1
+    assert found.candidates[0].trust[0].verdict == UNDECIDED
+    assert found.words[0] == TOO_FEW
+
+
+def test_scans_that_cannot_be_read_are_told_and_none_at_all_is_an_error(lesions, tmp_path):
+    missing = Case("gone", (tmp_path / "gone.nii.gz",))
+    found = choose(explainer(planted.Bright()), [missing, *lesions[:2]], {"gxi": GradientTimesInput()}, SETTINGS)
+    assert list(found.skipped) == ["gone"]
+    assert found.scans == 2
+    with pytest.raises(SettingsError, match="none of 1 scans"):
+        choose(explainer(planted.Bright()), [missing], settings=SETTINGS)
+
+
+def test_a_ball_at_the_lesion_moves_the_score_and_elsewhere_it_does_not(lesions):
+    subject = subject_of(explainer(planted.Bright()), lesions[0])
+    assert subject.answer == "class 1"
+    assert subject.body.sure
+    peak = peak_of(subject.volume[0, 0].numpy())
+    probe = Probe(subject, 10.0, 19)
+    trial = probe.at(peak)
+    assert trial.p_value == 1 / 20
+    assert trial.effect > 1
+    assert np.median(np.abs(trial.controls)) < 0.1
+    calls = probe.scorer.calls
+    assert probe.at(peak).effect == trial.effect
+    assert probe.scorer.calls == calls  # known already
+    assert isinstance(peak_of(-np.ones((3, 3, 3))), Undefined)
+
+
+def test_probes_agree_with_taking_the_ball_out_by_hand(lesions):
+    from volsal.audit.faithfulness import removed
+
+    subject = subject_of(explainer(planted.Bright()), lesions[0])
+    voxel = np.array([10, 12, 9])
+    index = np.stack(np.meshgrid(*[np.arange(24)] * 3, indexing="ij"), -1)
+    ball = torch.from_numpy((np.linalg.norm(6.0 * (index - voxel), axis=-1) <= 10)[None, None])
+    changed = torch.where(ball, removed(subject.volume, "blur", subject.grid, 12.0), subject.volume)
+    by_hand = float(subject.score(subject.volume)[0] - subject.score(changed)[0])
+    assert Probe(subject, 10.0, 9).effects(voxel[None])[0] == pytest.approx(by_hand, abs=1e-5)
+
+
+def test_a_method_that_does_not_cover_the_model_does_not_stop_the_others(lesions):
+    subject = subject_of(explainer(planted.Bright()), lesions[0])
+    found = subject.maps({"gxi": GradientTimesInput(), "cam": HiResCAM("nowhere")})
+    assert isinstance(found["cam"], Undefined)
+    assert "nowhere" in found["cam"].reason
+    assert found["gxi"].shape == (24, 24, 24)
+
+
+def record(case, answer, effect, largest, outputs=(0.0, 0.0), **further):
+    trial = {"effect": effect, "control_largest": largest, "controls": 19, "beyond": effect}
+    one = {"trial": trial, **further}
+    said = {"case": case, "answer": answer, "outputs": list(outputs), "log_odds": True, "score": effect}
+    return said | {"methods": {"map": one}}
+
+
+def records(count, moved, effect=1.0):
+    found = [record(f"c{i}", "class 1", effect if i < moved else 0.0, 0.1, (i % 2, -(i % 2))) for i in range(count)]
+    return [one | {"score": 2.0 * (at % 2)} for at, one in enumerate(found)]  # spread by 1
+
+
+@pytest.mark.parametrize(
+    ("count", "moved", "effect", "verdict", "why"),
+    [
+        (10, 10, 1.0, TRUSTED, ""),
+        (10, 5, 1.0, TRUSTED, ""),  # median 0.5, p = 252 / 20^5 or so
+        (10, 4, 1.0, UNTRUSTED, "less than 50%"),
+        (10, 10, 0.11, TRUSTED, ""),
+        (10, 10, 0.04, UNTRUSTED, "less than 50%"),  # does not reach the controls
+        (4, 4, 1.0, UNDECIDED, "fewer than 5"),
+    ],
+)
+def test_the_rule_of_trust(count, moved, effect, verdict, why):
+    (found,) = judge(records(count, moved, effect), AuditSection())
+    assert found.verdict == verdict
+    assert found.moved == (moved if effect > 0.1 else 0)
+    assert why in found.words
+
+
+def test_effects_are_told_in_spreads_of_the_score_and_small_ones_are_not_trusted():
+    many = [record(f"c{i}", "class 1", 1.0, 0.1, (20 * (i % 2), -20 * (i % 2))) for i in range(10)]
+    for at, one in enumerate(many):
+        one["score"] = 20.0 * (at % 2)
+    (found,) = judge(many, AuditSection())
+    assert found.effect.estimate == pytest.approx(0.1)  # 1 of a spread of 10
+    assert found.verdict == TRUSTED
+    (strict,) = judge(many, AuditSection(min_effect=0.2))
+    assert strict.verdict == UNTRUSTED
+    assert "of its spread, less than 0.2" in strict.words
+
+
+def test_a_model_that_answers_all_scans_alike_is_not_trusted():
+    same = [record(f"c{i}", "class 1", 1.0, 0.1, (0.01 * (i % 2), 0.0)) for i in range(10)]
+    (found,) = judge(same, AuditSection(min_effect=0))
+    assert found.verdict == UNTRUSTED
+    assert "nearly alike" in found.words
+
+
+def test_outputs_that_are_no_log_odds_need_a_larger_effect():
+    found = [one | {"log_odds": False, "outputs": [0.0]} for one in records(10, 10, 0.2)]
+    (case,) = judge(found, AuditSection())
+    assert case.verdict == UNTRUSTED
+    assert "0.2 of its spread, less than 0.25" in case.words
+    assert judge(records(10, 10, 0.2), AuditSection())[0].verdict == TRUSTED
+
+
+def test_a_single_output_of_two_classes_is_their_log_odds():
+    output = torch.tensor([[-0.3]])
+    assert answer_of(output) == "the output"
+    assert answer_of(output, ("no", "yes")) == "class 0 (no)"
+    assert answer_of(-output, ("no", "yes")) == "class 1 (yes)"
+    assert answer_of(torch.tensor([[1.0, 3.0, 2.0]])) == "class 1"
+    assert answer_of([output]) == "the output"
+
+
+def test_an_unstable_peak_is_a_veto():
+    shaky = records(10, 10)
+    for one in shaky:
+        one["methods"]["map"]["stability"] = {"kept": 0.25, "copies": 4}
+    (found,) = judge(shaky, AuditSection())
+    assert found.verdict == UNTRUSTED
+    assert "stays under 25% of harmless changes" in found.words
+
+
+def test_the_binomial_tail_against_counting():
+    from itertools import product
+
+    chance = 0.3
+    counted = sum(
+        np.prod([chance if one else 1 - chance for one in draw]) for draw in product([0, 1], repeat=5) if sum(draw) >= 2
+    )
+    assert binomial_tail(2, 5, chance) == pytest.approx(counted)
+    assert binomial_tail(0, 5, chance) == pytest.approx(1)
+
+
+def test_the_twin_has_other_weights_and_the_model_its_own():
+    net, volume = planted.small_net(3), torch.randn(1, 1, 24, 24, 24)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    twin = twin_of(net, volume)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert not torch.allclose(twin(volume), net(volume))
+
+
+def test_the_context_of_a_subject_places_maps_as_the_explainer_does(lesions):
+    asked = explainer(planted.Bright())
+    subject = subject_of(asked, lesions[0])
+    assert isinstance(subject.context, Context)
+    ours = subject.maps({"gxi": GradientTimesInput()})["gxi"]
+    theirs = Explainer(planted.Bright(), None, "gradient-x-input")(lesions[0].paths[0]).maps[0]
+    assert np.allclose(ours, theirs.values, atol=1e-6)

@@ -1,0 +1,128 @@
+"""Phantoms with planted evidence, and networks that are known to look at it: nothing here is learned unless asked."""
+
+from __future__ import annotations
+
+import nibabel as nib
+import numpy as np
+import torch
+from torch import nn
+
+from volsal.scans.find import Case
+
+SIZE, MM = 24, 6.0
+CUES = ("lesion", "marker", "brightness", "line")
+# Where the marker lies, in voxels: left, posterior, inferior of the head, in the air.
+MARKER = (slice(2, 5), slice(2, 5), slice(2, 5))
+
+
+def phantom(random, cue, present, size=SIZE, lesion=None):
+    """(size,)*3 array of a head that lies a little elsewhere each time, and the mask of what was planted."""
+    scale = size / SIZE
+    index = np.stack(np.meshgrid(*[np.arange(size)] * 3, indexing="ij"), -1) / scale
+    centre = 11.5 + random.uniform(-2, 2, 3)
+    inside = (((index - centre) / random.uniform((6, 7, 6), (7, 8.5, 7))) ** 2).sum(-1) <= 1
+    image = random.normal(0, 0.03, (size,) * 3)
+    texture = np.kron(random.normal(0, 0.1, (4,) * 3), np.ones((-(-size // 4),) * 3))[:size, :size, :size]
+    image = np.where(inside, random.uniform(0.9, 1.1) + texture + image, np.abs(image))
+    mask = np.zeros(image.shape, bool)
+    if cue == "lesion" or lesion:
+        where = centre + random.uniform(-2.5, 2.5, 3)
+        mask = ((index - where) ** 2).sum(-1) <= 2.2**2
+    elif cue == "marker":
+        mask[tuple(slice(round(s.start * scale), round(s.stop * scale)) for s in MARKER)] = True
+    elif cue == "line":  # at one height of the field, through whatever lies there
+        mask[:, :, round(9 * scale) : round(10 * scale)] = True
+    if not present:
+        mask[:] = False
+    if cue == "brightness":
+        return image * (1.8 if present else 1.0) * random.uniform(0.9, 1.1), mask
+    return image + 1.6 * mask, mask
+
+
+def cases(folder, cue, count, seed=0, size=SIZE, masks=False):
+    """Files of phantoms, half of them with the cue."""
+    found = []
+    for number in range(count):
+        random = np.random.default_rng((seed, number))
+        image, mask = phantom(random, cue, number % 2 == 0, size)
+        affine = np.diag([MM * SIZE / size] * 3 + [1.0])
+        affine[:3, 3] = -MM * SIZE / 2
+        path = folder / f"{cue}-{number:02d}.nii.gz"
+        nib.save(nib.Nifti1Image(image.astype(np.float32), affine), path)
+        beside = folder / f"{cue}-{number:02d}_mask.nii.gz"
+        nib.save(nib.Nifti1Image(mask.astype(np.uint8), affine), beside)
+        given = {"evidence": beside} if masks else {}
+        groups = {"site": "ab"[number % 2]}
+        found.append(Case(path.name.split(".")[0], (path,), label=str(1 - number % 2), masks=given, groups=groups))
+    return found
+
+
+class Bright(nn.Module):
+    """Class 1 where a few voxels together are brighter than tissue ever is, in ``where`` (None: anywhere)."""
+
+    def __init__(self, where=None, size=SIZE):
+        super().__init__()
+        seen = torch.zeros(1, 1, size, size, size)
+        seen[(0, 0, *(where or (slice(None),) * 3))] = 1
+        self.register_buffer("seen", seen)
+        self.mean = nn.Conv3d(1, 1, 3, padding=1)
+        self.head = nn.Linear(1, 2)
+        self.mean.weight.data.fill_(1 / 27)
+        self.mean.bias.data.fill_(-0.5 if where else -1.7)
+        self.head.weight.data = torch.tensor([[-1.0], [1.0]])
+        self.head.bias.data = torch.tensor([2.0, -2.0])
+
+    def forward(self, x):
+        return self.head(60 * torch.relu(self.mean(x * self.seen)).amax((2, 3, 4)))
+
+
+class Level(nn.Module):
+    """Class 1 where the scan as a whole is bright."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Conv3d(1, 1, 1)
+        self.gain.weight.data.fill_(1.0)
+        self.gain.bias.data.fill_(0.0)
+        self.head = nn.Linear(1, 2)
+        self.head.weight.data = torch.tensor([[-20.0], [20.0]])
+        self.head.bias.data = torch.tensor([4.0, -4.0])
+
+    def forward(self, x):
+        return self.head(torch.relu(self.gain(x)).mean((2, 3, 4)))
+
+
+def small_net(seed=0, norm=True):
+    """Three strided convolutions and a mean, of random weights."""
+    torch.manual_seed(seed)
+    layers = []
+    for wide, wider in ((1, 8), (8, 16), (16, 24)):
+        layers += [nn.Conv3d(wide, wider, 3, 2, 1), nn.BatchNorm3d(wider) if norm else nn.Identity(), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(24, 2)).eval()
+
+
+def pooled_net(seed=0):
+    """Another kind: small kernels with maximum pooling, no normalisation."""
+    torch.manual_seed(seed)
+    layers = []
+    for wide, wider in ((1, 8), (8, 16), (16, 16)):
+        layers += [nn.Conv3d(wide, wider, 3, padding=1), nn.LeakyReLU(0.01), nn.MaxPool3d(2)]
+    return nn.Sequential(*layers, nn.AdaptiveMaxPool3d(1), nn.Flatten(), nn.Linear(16, 2)).eval()
+
+
+def trained(net, cue, steps=300, seed=0, size=SIZE):
+    """The net, trained on 256 phantoms of the cue, and its accuracy on 64 others."""
+    random = np.random.default_rng((seed, 77))
+    made = [phantom(random, cue, bool(at % 2), size)[0] for at in range(320)]
+    volumes, labels = torch.tensor(np.array(made), dtype=torch.float32)[:, None], torch.arange(320) % 2
+    optimiser = torch.optim.Adam(net.parameters(), 3e-3)
+    torch.manual_seed(seed)
+    net.train()
+    for _ in range(steps):
+        chosen = torch.randint(256, (16,))
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(net(volumes[chosen]), labels[chosen]).backward()
+        optimiser.step()
+    net.eval()
+    with torch.no_grad():
+        return net, float((net(volumes[256:]).argmax(1) == labels[256:]).float().mean())

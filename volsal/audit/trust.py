@@ -1,0 +1,240 @@
+"""Which maps can be believed, by what the score did where they point; over scans, and for each answer on its own.
+
+The rule, which every verdict states with its figures: a map is trusted for an answer of the model (its predicted class)
+where, over at least ``min_scans`` scans with that answer,
+
+1. in at least ``min_share`` of them the score falls more without a ball at the map's peak than without any of the balls
+   elsewhere, and this is no chance: a binomial test, with Holm's correction over all methods and answers;
+2. the median fall is at least ``min_effect`` of the score's spread over all scans and, in log odds, at least
+   ``min_change``; of outputs that are no log odds, at least ``min_effect_other`` of the spread;
+3. random weights do not draw the same map (median top Dice in the body at most ``max_alike``), and the peak stays under
+   at least ``min_stable`` of harmless changes: judged where they were asked for.
+
+A model that answers all scans nearly alike has no map that can be trusted.  The second rule is the one that tells a
+trained model from one with random weights: a gradient is true of either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import comb
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from volsal.attribution import Target
+from volsal.audit.examine import figure
+from volsal.audit.metric import Figure, Undefined, numbers
+from volsal.audit.statistics import Summary, holm, summarise
+from volsal.config import AuditSection
+
+TRUSTED, UNTRUSTED, UNDECIDED = "can be trusted", "cannot be trusted", "cannot be told"
+
+
+@dataclass(frozen=True)
+class Trust:
+    """A method's case for one answer of the model.
+
+    Attributes
+    ----------
+    method, answer : of what
+    verdict : :data:`TRUSTED`, :data:`UNTRUSTED`, or :data:`UNDECIDED`, where there are too few scans
+    why : what stands against it; empty where nothing does
+    scans, undefined : with that answer, and of these those on which the map has no place
+    moved : in how many the score moved more than at every place elsewhere
+    p_value : of that number by chance, corrected
+    effect : median fall of the score, in its spreads, with its interval over patients
+    change : the same in the score's own unit
+    alike, stable : see the module's rule; undefined where not asked for
+    """
+
+    method: str
+    answer: str
+    verdict: str
+    why: tuple[str, ...]
+    scans: int
+    undefined: int
+    moved: int
+    p_value: float
+    effect: Summary
+    change: Figure
+    alike: Figure
+    stable: Figure
+
+    @property
+    def words(self) -> str:
+        """The verdict with what it rests on, in a sentence."""
+        if isinstance(self.change, Undefined):
+            return f"{self.method}, {self.answer}: {self.verdict}: {'; '.join(self.why)}"
+        found = (
+            f"without a ball at the map's peak the score moves more than at every place elsewhere in {self.moved} of "
+            f"{self.scans} scans, by {self.change:.3g} in the median ({_told(self.effect.estimate)} of its spread)"
+        )
+        against = f"; but {'; '.join(self.why)}" if self.why else ""
+        return f"{self.method}, {self.answer}: {self.verdict}: {found}{against}"
+
+
+def judge(
+    records: Sequence[Mapping[str, Any]],
+    settings: AuditSection,
+    target: Target | None = None,
+    patients: Mapping[str, str] | None = None,
+) -> list[Trust]:
+    """Each method's case for each answer.
+
+    Parameters
+    ----------
+    records : of :func:`volsal.audit.examine.examine`
+    target : what was explained, by which the score's spread is found; None: from the scans' own scores
+    patients : case -> whose scan it is
+    """
+    spread = spreads(records, target)
+    alike = answers_alike(records, settings)
+    answers = sorted({record["answer"] for record in records})
+    methods = list(dict.fromkeys(name for record in records for name in record["methods"]))
+    sets = [(name, answer, [r for r in records if r["answer"] == answer]) for name in methods for answer in answers]
+    chances = [_chance([r["methods"].get(name, {}) for r in mine]) for name, _, mine in sets]
+    large = [len(mine) >= settings.min_scans for _, _, mine in sets]
+    corrected = holm([chance if counts else np.nan for chance, counts in zip(chances, large, strict=True)])
+    return [
+        _case(name, answer, mine, float(p), spread, alike, settings, patients or {})
+        for (name, answer, mine), p in zip(sets, corrected, strict=True)
+    ]
+
+
+def spreads(records: Sequence[Mapping[str, Any]], target: Target | None = None) -> dict[str, float]:
+    """By case: the standard deviation over all scans of the score that was explained of it.
+
+    Of the predicted class's logit: of the logit of that class, whatever the other scans' class is.
+    """
+    import torch
+
+    from volsal.attribution.targets.target import fixed
+
+    sizes = {len(record["outputs"]) for record in records}
+    if target is None or sizes == {1} or len(sizes) > 1:
+        own = float(np.std([record["score"] for record in records]))
+        return {record["case"]: own for record in records}
+    outputs = torch.tensor([record["outputs"] for record in records], dtype=torch.float64)
+    found = {}
+    for record, output in zip(records, outputs, strict=True):
+        asked = fixed(target, output[None])
+        found[record["case"]] = float(np.std([float(asked(other[None])[0]) for other in outputs]))
+    return found
+
+
+def answers_alike(records: Sequence[Mapping[str, Any]], settings: AuditSection) -> str | None:
+    """Why the model's answers are nearly one for all scans, in words; None where they differ, or are no logits."""
+    outputs = [record["outputs"] for record in records]
+    if len({len(one) for one in outputs}) > 1 or not records[0]["log_odds"] or len(outputs) < 2:
+        return None
+    logits = np.array(outputs)
+    if logits.shape[1] == 1:
+        logits = np.hstack([logits / 2, -logits / 2])
+    margins = logits - logits.mean(axis=1, keepdims=True)
+    varies = float(2 * margins.std(axis=0).max())  # of two classes: of their margin
+    if varies >= 2 * settings.min_change:
+        return None
+    return f"the model answers all of these scans nearly alike: its log odds spread by {varies:.2g}"
+
+
+def scaled(record: Mapping[str, Any], name: str, spread: Mapping[str, float], key: str = "effect") -> Figure:
+    """A method's effect in one scan, in spreads of the score."""
+    found = record["methods"].get(name, {})
+    if "trial" not in found:
+        return figure(found)
+    size = spread[record["case"]]
+    return found["trial"][key] / size if size > 0 else Undefined("the score does not vary over scans")
+
+
+def _chance(found: Sequence[Mapping[str, Any]]) -> float:
+    """Of at least so many scans whose score moves most at the peak, were peaks places like all others."""
+    trials = [one["trial"] for one in found if "trial" in one]
+    return binomial_tail(sum(map(_moved, trials)), len(found), 1 / (1 + min([t["controls"] for t in trials] or [1])))
+
+
+def _moved(trial: Mapping[str, Any]) -> bool:
+    return bool(trial["effect"] > max(0.0, trial["control_largest"]))
+
+
+def binomial_tail(least: int, of: int, chance: float) -> float:
+    """P(X >= least) of X ~ Binomial(of, chance).
+
+    >>> round(binomial_tail(1, 2, 0.5), 3)
+    0.75
+    """
+    return float(min(1.0, sum(comb(of, k) * chance**k * (1 - chance) ** (of - k) for k in range(least, of + 1))))
+
+
+def _case(
+    name: str,
+    answer: str,
+    mine: Sequence[Mapping[str, Any]],
+    p_value: float,
+    spread: Mapping[str, float],
+    alike: str | None,
+    settings: AuditSection,
+    patients: Mapping[str, str],
+) -> Trust:
+    found = [record["methods"].get(name, {"undefined": "it was not asked for"}) for record in mine]
+    trials = [one["trial"] for one in found if "trial" in one]
+    owners = [patients.get(record["case"], record["case"]) for record in mine]
+    effect = summarise([scaled(record, name, spread) for record in mine], owners, "median")
+    change: Figure = (
+        float(np.median([trial["effect"] for trial in trials])) if trials else Undefined("the map has no place")
+    )
+    drawn = _median([figure(one.get("sanity", {}).get("top_dice")) for one in found])
+    stable = _median([figure(one.get("stability", {}).get("kept")) for one in found])
+    moved = sum(map(_moved, trials))
+    why = [] if alike is None else [alike]
+    if len(mine) >= settings.min_scans:
+        why += _weak(moved, len(mine), p_value, effect.estimate, change, mine[0]["log_odds"], settings)
+    why += _vetoes(drawn, stable, settings)
+    if len(mine) < settings.min_scans and not why:
+        few = f"there are {len(mine)} scans with this answer, fewer than {settings.min_scans}"
+        why, verdict = [few], UNDECIDED
+    else:
+        verdict = UNTRUSTED if why else TRUSTED
+    return Trust(
+        name, answer, verdict, tuple(why), len(mine), len(found) - len(trials), moved, p_value, effect, change, drawn,
+        stable,
+    )  # fmt: skip
+
+
+def _weak(
+    moved: int, scans: int, p_value: float, effect: Figure, change: Figure, logits: bool, settings: AuditSection
+) -> list[str]:
+    """What is missing for the first two rules."""
+    if isinstance(effect, Undefined) or isinstance(change, Undefined):
+        return ["the map has no place, or the score does not vary"]
+    why = []
+    if moved < settings.min_share * scans:
+        why.append(f"that is less than {settings.min_share:.0%} of the scans")
+    elif p_value > settings.alpha:
+        why.append(f"so many are no rarity by chance (corrected p = {p_value:.2g})")
+    least = settings.min_effect if logits else settings.min_effect_other
+    if effect < least:
+        why.append(f"the score moves by {effect:.2g} of its spread, less than {least:g}")
+    if logits and change < settings.min_change:
+        why.append(f"the score moves by {change:.2g}, less than {settings.min_change:g} in log odds")
+    return why
+
+
+def _vetoes(alike: Figure, stable: Figure, settings: AuditSection) -> list[str]:
+    why = []
+    if not isinstance(alike, Undefined) and alike > settings.max_alike:
+        why.append(f"random weights draw nearly the same map (top Dice {alike:.2f}, above {settings.max_alike:g})")
+    if not isinstance(stable, Undefined) and stable < settings.min_stable:
+        why.append(f"the peak stays under {stable:.0%} of harmless changes, less than {settings.min_stable:.0%}")
+    return why
+
+
+def _median(figures: Sequence[Figure]) -> Figure:
+    known: NDArray[np.float64] = numbers([one for one in figures if not isinstance(one, Undefined)])
+    return float(np.median(known)) if len(known) else Undefined("it was not asked for")
+
+
+def _told(value: Figure) -> str:
+    return "an unknown part" if isinstance(value, Undefined) else f"{value:.2g}"
