@@ -95,6 +95,10 @@ class RunFolder:
         cases = (_read(self.path / INPUTS_FILE) or {}).get("cases")
         return {case: about for case, about in cases.items() if isinstance(about, dict)} if _is_dict(cases) else {}
 
+    def audit(self) -> dict[str, Any] | None:
+        """``audit.json``; None where no audit was made."""
+        return _read(self.path / "audit.json")
+
     def record(self, case: str) -> dict[str, Any] | None:
         """The case's ``case.json``; None where there is none or it is not one of ours."""
         content = _read(self.path / case / CASE_FILE)

@@ -1,5 +1,6 @@
 import base64
 import hashlib
+import json
 import re
 from html.parser import HTMLParser
 from io import BytesIO
@@ -394,3 +395,29 @@ def test_a_record_of_another_version_costs_no_other_case_its_page(tmp_path):
     assert [page.name for page in (run / "report" / "cases").iterdir()] == ["0001-two.html"]
     assert "1 of 2 scans was explained; 0 refused, 1 failed." in " ".join(text.split())
     assert "its case.json is none of this version" in text
+
+
+def test_an_audit_is_told_with_its_rules_and_suspicious_scans_first(tmp_path):
+    folder = small_run(tmp_path / "run", ("one", "two"))
+    assert "No audit of these maps" in (write_report(folder).read_text())
+    figure = {"value": 0.9, "low": None, "high": 1.0, "n": 2, "patients": 2, "undefined": 1, "reasons": {}}
+    found = {
+        "verdicts": [
+            {"name": "trust", "verdict": "can be trusted", "rule": "a < b", "words": "<b>yes</b>", "figures": {}}
+        ],
+        "metrics": {"grad-cam": {"pointing game": figure}},
+        "suspicious": [{"case": "two", "reason": "evidence in the air", "weight": 2.5}],
+        "cases": ["one", "two"],
+        "skipped": {},
+        "map": "grad-cam",
+    }
+    (folder / "audit.json").write_text(json.dumps(found))
+    page = write_report(folder).read_text()
+    assert "No audit of these maps" not in page
+    assert "2 scans were put to the audit" in page
+    assert "&lt;b&gt;yes&lt;/b&gt;" in page
+    assert "a &lt; b" in page
+    assert "evidence in the air" in page
+    assert '"suspicion"' in page
+    (folder / "audit.json").write_text("[]")
+    assert "No audit of these maps" in write_report(folder).read_text()

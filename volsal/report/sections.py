@@ -17,6 +17,8 @@ from volsal.run_folder import CASE_FILE, Fault, RunFolder, State
 Kind = Literal["text", "number", "choice"]
 # Column of choices with more of them than this are searched by text instead.
 _MOST_CHOICES = 40
+# Suspicious scans that are told with their reasons; the table of cases can be sorted by the weight of all of them.
+_SUSPICIOUS = 20
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,12 @@ class Overview:
     asked: Mapping[str, Any]
     cases: Sequence[Case]
     pages: Mapping[str, Page]
+
+    @property
+    def audit(self) -> Mapping[str, Any] | None:
+        """``audit.json``; None where there is none, or not one of this version's."""
+        found = self.run.audit()
+        return found if found and {"verdicts", "metrics", "suspicious"} <= found.keys() else None
 
     @property
     def records(self) -> list[Mapping[str, Any]]:
@@ -170,7 +178,7 @@ def summary(overview: Overview) -> dict[str, Any]:
         "predictions": Counter(map(_said, classes)).most_common(8),
         "maps": _map_states(overview),
         "notes": _common_notes(overview),
-        "audited": (overview.run / "audit.json").is_file(),
+        "audited": overview.audit is not None,
     }
 
 
@@ -191,6 +199,22 @@ def _common_notes(overview: Overview) -> list[tuple[str, int]]:
     return [(note, count) for note, count in notes.most_common(12) if count > 1 or len(overview.records) == 1]
 
 
+def audit(overview: Overview) -> dict[str, Any] | None:
+    """What an audit of the model found: verdicts with their rules, figures with their intervals, suspicious scans."""
+    found = overview.audit
+    if not found:
+        return None
+    links = {case: page.link for case, page in overview.pages.items()}
+    return {
+        "verdicts": found["verdicts"],
+        "metrics": [(method, sorted(figures.items())) for method, figures in found["metrics"].items() if figures],
+        "suspicious": [{**one, "link": links.get(one["case"])} for one in found["suspicious"][:_SUSPICIOUS]],
+        "cases": len(found.get("cases", ())),
+        "skipped": found.get("skipped", {}),
+        "map": found.get("map"),
+    }
+
+
 def reading(overview: Overview) -> dict[str, Any]:
     """What the maps are and are not."""
     entries = [one["entry"] for one in _map_states(overview)]
@@ -199,7 +223,7 @@ def reading(overview: Overview) -> dict[str, Any]:
         "layers": layers,
         "fine": [map_name(entry) for entry in entries if not entry["layer"]],
         "signed": any(entry["signed"] for entry in entries),
-        "audited": (overview.run / "audit.json").is_file(),
+        "audited": overview.audit is not None,
     }
 
 
@@ -247,6 +271,11 @@ def columns(overview: Overview) -> list[Column]:
             for group in sorted({group for case in cases for group in case.about.get("groups") or {}})
         ),
     ]
+    if overview.audit:
+        weights = Counter[str]()
+        for one in overview.audit["suspicious"]:
+            weights[one["case"]] = max(weights[one["case"]], one["weight"])
+        about_cases.append(Column("suspicion", [weights.get(case.id) for case in cases], "number"))
     told = [column for column in about_cases if any(value not in (None, "") for value in column.values)]
     return [*told, *(column for name in overview.map_names for column in _map_columns(cases, name))]
 
@@ -317,6 +346,7 @@ def making(overview: Overview) -> dict[str, Any]:
 
 SECTIONS = (
     Section("summary", "What was run", summary),
+    Section("audit", "Whether the maps can be believed", audit),
     Section("reading", "What the maps are, and are not", reading),
     Section("listing", "Cases", listing),
     Section("faults", "Cases without a result", faults),
