@@ -34,10 +34,16 @@ def kill():
     return module
 
 
+def heeding_signals():
+    """What a terminal's processes do.  Those that a script starts in the background, as tests may be, ignore some."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def volsal(*arguments, **options):
     return subprocess.Popen(
         [sys.executable, "-m", "volsal", *map(str, arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heeding_signals, **options,
     )  # fmt: skip
 
 
