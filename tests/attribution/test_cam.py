@@ -208,7 +208,8 @@ def test_cam_finds_the_head_however_it_is_written(pool, head, dtype, volume):
     answer = LinearCAM("conv").attribute(net, volume.to(dtype), [ClassLogit(1)])
     bias = 0 if head.bias is None else head.bias[1].detach().float()
     made, scores = answer.maps[0].mean((1, 2, 3, 4)).float() + bias, answer.scores[0].float()
-    assert_close(made, scores, rtol=0.03 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+    coarse = dtype == torch.bfloat16  # sums that nearly cancel are off by more than their own share
+    assert_close(made, scores, rtol=0.03 if coarse else 1e-5, atol=0.06 if coarse else 1e-5)
 
 
 @pytest.mark.parametrize(
