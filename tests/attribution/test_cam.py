@@ -168,6 +168,10 @@ class Heads(nn.Module):
         super().__init__()
         torch.manual_seed(2)
         self.conv, self.head, self.pool = nn.Conv3d(1, 4, 3, padding=1), head, pool
+        # The head was made when the tests were collected: neither its numbers nor an earlier test's rounding may stay.
+        for module in head.double().modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
         self.double()
 
     def forward(self, x):
@@ -208,8 +212,7 @@ def test_cam_finds_the_head_however_it_is_written(pool, head, dtype, volume):
     answer = LinearCAM("conv").attribute(net, volume.to(dtype), [ClassLogit(1)])
     bias = 0 if head.bias is None else head.bias[1].detach().float()
     made, scores = answer.maps[0].mean((1, 2, 3, 4)).float() + bias, answer.scores[0].float()
-    coarse = dtype == torch.bfloat16  # sums that nearly cancel are off by more than their own share
-    assert_close(made, scores, rtol=0.03 if coarse else 1e-5, atol=0.06 if coarse else 1e-5)
+    assert_close(made, scores, rtol=0.03 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
