@@ -90,6 +90,35 @@ class ModuleNet(SpelledNet):
         return self.head(x.mean((2, 3, 4)))
 
 
+class Scored(nn.Module):
+    """A model whose one logit is a function of the voxels, (B, V) -> (B,)."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x.flatten(1))[:, None]
+
+
+def voxels(*values, dtype=torch.float64):
+    """A volume of a row of voxels, 1 1 V 1 1."""
+    return torch.tensor(values, dtype=dtype).view(1, 1, -1, 1, 1)
+
+
+class Hidden(torch.autograd.Function):
+    """A rectifier whose backward pass no rule can reach."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.clamp(min=0)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * (ctx.saved_tensors[0] > 0)
+
+
 def state(net):
     """Everything of a model that a method must leave alone."""
     modules = [

@@ -19,7 +19,7 @@ from volsal.choices import SettingsError
 from volsal.config import load_config
 from volsal.explanation import CASE_FILE, files_of, plain_data
 from volsal.resampling import resample
-from volsal.scans.find import find_cases
+from volsal.scans.find import look
 from volsal.scans.scan import ScanError
 from volsal.scans.write import refuse_own_map, write_parts
 from volsal.viewer.show import ViewerError
@@ -64,7 +64,7 @@ def test_each_channels_share_of_a_gradient_is_saved_where_the_scan_lies(channels
 def test_a_file_of_parts_is_no_scan(channels, tmp_path):
     home = Explainer(Sequences(), None, "input-gradient", "regression", per_channel=True)(channels).save(tmp_path / "o")
     path = home / "sub-01_t1_input-gradient_regression_parts.nii.gz"
-    assert find_cases(tmp_path / "o") == ({}, 0)
+    assert not look(tmp_path / "o").scans
     with pytest.raises(ScanError, match="a map that volsal wrote"):
         refuse_own_map(read_scan(path, 1))
     from volsal.viewer.show import open_case

@@ -3,27 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import SPELLINGS, SpelledNet, random_net
+from nets import SPELLINGS, Scored, SpelledNet, random_net, voxels
 from torch import nn
 from torch.testing import assert_close
 
 from volsal import ClassLogit, Deconvnet, DeepLIFT, GradientTimesInput, IntegratedGradients, PredictedClass
 from volsal.attribution import BaselineError, Context, CoverageError
-
-
-class Scored(nn.Module):
-    """A model whose one logit is a function of the voxels, (B, V) -> (B,)."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function(x.flatten(1))[:, None]
-
-
-def voxels(*values, dtype=torch.float64):
-    return torch.tensor(values, dtype=dtype).view(1, 1, -1, 1, 1)
 
 
 def lifted(function, x, base):

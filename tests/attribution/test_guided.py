@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import SPELLINGS, SpelledNet, random_net
+from nets import SPELLINGS, Hidden, SpelledNet, random_net
 from torch import nn
 from torch.testing import assert_close
 
@@ -105,17 +105,6 @@ def test_a_clamp_that_does_not_rectify_is_not_counted(volume):
             return F.relu(x.clamp(-1, 1)).mean((2, 3, 4))
 
     assert GuidedBackprop().attribute(Clip(), volume, [ClassLogit(0)]).coverage == {"relu": 1}
-
-
-class Hidden(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x.clamp(min=0)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient * (ctx.saved_tensors[0] > 0)
 
 
 @pytest.mark.parametrize("name", RULES)

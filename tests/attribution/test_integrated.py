@@ -6,28 +6,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from nets import Linear3d, random_net
+from nets import Linear3d, Scored, random_net, voxels
 from torch import nn
 from torch.testing import assert_close
 
 from volsal import ClassLogit, ExpectedGradients, Grid, InputGradient, IntegratedGradients, PredictedClass
 from volsal.attribution import BaselineError, Context, SettingError
 from volsal.attribution.gradients.baselines import baseline_of
-
-
-class Scored(nn.Module):
-    """A model whose one logit is a function of the voxels, (B, V) -> (B,)."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function(x.flatten(1))[:, None]
-
-
-def voxels(*values):
-    return torch.tensor(values, dtype=torch.float64).view(1, 1, -1, 1, 1)
 
 
 @pytest.fixture

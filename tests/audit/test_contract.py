@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import assert_same_state, random_net, state
+from nets import Hidden, assert_same_state, random_net, state
 from torch import nn
 from typer.testing import CliRunner
 
@@ -130,18 +130,6 @@ def test_weights_that_are_not_finite(scan):
     assert check.said.endswith("head.weight")
     assert {("finite output", "model"), ("gives a map", "grad-cam")} <= failing(report)
     assert ("same output again", "model") in failing(report)  # NaN is equal to nothing
-
-
-class Hidden(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x.clamp(min=0)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
-        return grad * (x > 0)
 
 
 class Custom(nn.Module):

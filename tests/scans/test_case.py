@@ -4,7 +4,7 @@ import pytest
 
 from volsal.resampling import resample
 from volsal.scans import Scan, ScanError, read_case, read_scan
-from volsal.scans.find import find_cases
+from volsal.scans.find import gather, look
 
 AFFINE = np.array([[-2.0, 0, 0, 30], [0, 0, 2.5, -20], [0, 1.5, 0, 10], [0, 0, 0, 1]])
 
@@ -106,26 +106,30 @@ def make(folder, *names):
         (folder / name).write_text("")
 
 
+def gathered(folder, channels, pattern=None):
+    return gather(look(folder, pattern).scans, folder, channels)
+
+
 def test_names_that_are_alike_but_for_their_ending_are_one_case(tmp_path):
     make(tmp_path, "p1_t1.nii.gz", "p1_flair.nii", "x/p2_t1.nii", "x/p2_flair.nii.gz", "p1_seg.nii.gz")
-    cases, passed_over = find_cases(tmp_path, channels=["_flair", "_t1"])
-    assert {case: [p.name for p in found.paths] for case, found in cases.items()} == {
+    found = gathered(tmp_path, ["_flair", "_t1"])
+    assert {name: [p.name for p in case.paths] for name, case in found.cases.items()} == {
         "p1": ["p1_flair.nii", "p1_t1.nii.gz"],
         "x-p2": ["p2_flair.nii.gz", "p2_t1.nii"],
     }
-    assert passed_over == 1
-    assert not any(found.fault for found in cases.values())
+    assert sum(found.passed_over.values()) == 1
+    assert not any(case.fault for case in found.cases.values())
 
 
 def test_nnunets_numbers_and_endings_within_endings(tmp_path):
     make(tmp_path, "a_0000.nii.gz", "a_0001.nii.gz", "b_t1.nii", "b_ce_t1.nii")
-    assert list(find_cases(tmp_path, channels=["_0000", "_0001"])[0]) == ["a"]
-    cases, _ = find_cases(tmp_path, "b*", ["_t1", "_ce_t1"])
+    assert list(gathered(tmp_path, ["_0000", "_0001"]).cases) == ["a"]
+    cases = gathered(tmp_path, ["_t1", "_ce_t1"], "b*").cases
     assert [p.name for p in cases["b"].paths] == ["b_t1.nii", "b_ce_t1.nii"]
 
 
 def test_a_case_that_lacks_a_channel_or_has_one_twice_is_kept_with_its_fault(tmp_path):
     make(tmp_path, "a_t1.nii", "b_t1.nii", "b_t1.nii.gz", "b_t2.nii")
-    cases, _ = find_cases(tmp_path, channels=["_t1", "_t2"])
+    cases = gathered(tmp_path, ["_t1", "_t2"]).cases
     assert cases["a"].fault == "the case's channel _t2 is missing; the model needs all of them"
     assert cases["b"].fault == "b_t1.nii and b_t1.nii.gz are both the same channel of one case; keep one of them"

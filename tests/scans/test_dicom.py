@@ -26,7 +26,7 @@ from volsal.scans import ScanError, dicom_decode, dicom_pixels, read_case, read_
 from volsal.scans.dicom import list_series
 from volsal.scans.dicom_frames import groups, survey
 from volsal.scans.dicom_stack import arrange
-from volsal.scans.find import case_id, case_ids, find_cases, find_scans
+from volsal.scans.find import case_id, gather, look
 from volsal.scans.scan import file_digest
 from volsal.scans.write import map_header, write_map
 
@@ -449,7 +449,7 @@ def test_junk_is_counted_and_named_and_nothing_that_blocks_is_opened(write):
     scan = read_scan(folder)
     assert_placed(scan, series.grid)
     assert scan.notes == ("2 files of the folder are no DICOM images: DICOMDIR, readme.txt",)
-    assert list(find_scans(folder)) == [folder]
+    assert look(folder).scans == (folder,)
     assert len(file_digest(folder)) == 64
 
 
@@ -775,18 +775,18 @@ def test_a_folder_that_holds_dicom_is_one_case_by_its_name(write, tmp_path, scan
     nifti = scan_file("all/p3/t1.nii.gz")
     (tmp_path / "all/p2/DICOMDIR").write_bytes(bytes(128) + b"DICM")
     (tmp_path / "all/DICOMDIR").write_bytes(bytes(128) + b"DICM")
-    assert list(find_scans(tmp_path / "all")) == [a, b, nifti]
-    assert list(find_scans(tmp_path / "all", "p1/*")) == [a]
-    assert list(case_ids([a, b, nifti], tmp_path / "all").values()) == ["p1-t1-axial", "p2", "p3-t1"]
-    assert case_ids([b], b) == {b: "p2"}
+    assert look(tmp_path / "all").scans == (a, b, nifti)
+    assert look(tmp_path / "all", "p1/*").scans == (a,)
+    assert list(gather([a, b, nifti], tmp_path / "all").cases) == ["p1-t1-axial", "p2", "p3-t1"]
+    assert list(gather([b], b).cases) == ["p2"]
     assert case_id(Path("x/series")) == "x-series"
 
 
 def test_dicom_folders_can_be_the_channels_of_a_case(write, tmp_path):
     flair, t1 = (write(Series().slices(), f"all/p1_{name}") for name in ("flair", "t1"))
-    cases, passed_over = find_cases(tmp_path / "all", channels=["_t1", "_flair"])
-    assert {case: found.paths for case, found in cases.items()} == {"p1": (t1, flair)}
-    assert passed_over == 0
+    found = gather(look(tmp_path / "all").scans, tmp_path / "all", ["_t1", "_flair"])
+    assert {name: case.paths for name, case in found.cases.items()} == {"p1": (t1, flair)}
+    assert not found.passed_over
 
 
 def test_a_folders_digest_follows_its_content_and_not_its_names(write):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from volsal.scans import ScanError
-from volsal.scans.find import Case, case_id, case_ids, find_scans, in_order, look, pseudonym, without_uids
+from volsal.scans.find import Case, case_id, gather, in_order, look, pseudonym, without_uids
 
 
 def make(folder, *names):
@@ -15,7 +15,11 @@ def make(folder, *names):
 
 
 def names(folder, **options):
-    return [path.relative_to(folder).as_posix() for path in find_scans(folder, **options)]
+    return [path.relative_to(folder).as_posix() for path in look(folder, **options).scans]
+
+
+def ids_of(paths, folder):
+    return {case.paths[0]: name for name, case in gather(paths, folder).cases.items()}
 
 
 def test_finds_scans_in_name_order_and_leaves_the_rest(tmp_path):
@@ -55,10 +59,10 @@ def test_a_name_of_which_nothing_is_left_or_too_much_gets_a_hash():
 
 def test_ids_are_unique_whatever_the_order(tmp_path):
     paths = [tmp_path / name for name in ("a.nii", "a.nii.gz", "A.nii", "b/a.nii", "c.nii")]
-    ids = case_ids(paths, tmp_path)
+    ids = ids_of(paths, tmp_path)
     assert len(set(ids.values())) == 5
     assert ids[tmp_path / "c.nii"] == "c"
-    assert ids == case_ids(paths[::-1], tmp_path)
+    assert ids == ids_of(paths[::-1], tmp_path)
 
 
 def test_channels_are_put_in_the_model_s_order():
@@ -79,9 +83,9 @@ def test_no_case_is_called_like_what_a_run_folder_holds(name):
 
 def test_an_id_with_its_hash_is_no_other_case_s_id(tmp_path):
     twins = [tmp_path / "a.nii", tmp_path / "a.nii.gz"]
-    hashed = case_ids(twins, tmp_path)[twins[0]]
+    hashed = ids_of(twins, tmp_path)[twins[0]]
     paths = [*twins, tmp_path / f"{hashed}.nii"]
-    assert len(set(case_ids(paths, tmp_path).values())) == 3
+    assert len(set(ids_of(paths, tmp_path).values())) == 3
 
 
 def test_what_is_passed_over_is_counted_by_what_it_is(tmp_path):

@@ -7,7 +7,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import cache
@@ -157,11 +157,6 @@ def _is_scan_name(name: str) -> bool:
     return lower.endswith(SUFFIXES) and not name.startswith(".") and not lower.endswith(_SEGMENTATION)
 
 
-def find_scans(folder: Path, pattern: str | None = None) -> Iterator[Path]:
-    """The scans that :func:`look` finds."""
-    return iter(look(folder, pattern).scans)
-
-
 def match(patterns: Sequence[str], folder: Path) -> Found:
     """Scan files and DICOM folders that are like one of ``patterns``: globs relative to ``folder``, with ``**``.
 
@@ -215,12 +210,6 @@ def _holds_dicom(where: Path, names: Iterable[str]) -> bool:
     slices = (n for n in sorted(names) if not n.startswith(".") and not suffix_of(n) and n.upper() != "DICOMDIR")
     paths = (where / name for name in islice(slices, _SNIFFED))
     return any(is_regular(path) and is_dicom_file(path) for path in paths)
-
-
-def find_cases(folder: Path, pattern: str | None = None, channels: Sequence[str] = ()) -> tuple[dict[str, Case], int]:
-    """The cases below ``folder`` by id, and how many scan files belong to none; see :func:`gather`."""
-    gathered = gather(look(folder, pattern).scans, folder, channels)
-    return gathered.cases, sum(gathered.passed_over.values())
 
 
 def gather(
@@ -339,11 +328,6 @@ def case_id(path: Path) -> str:
     if not reduced or len(reduced) > _LONGEST_ID or taken:
         reduced = f"{reduced[: _LONGEST_ID - 9].strip('-._')}-{_hash(path.as_posix(), 8)}".strip("-")
     return reduced
-
-
-def case_ids(paths: Iterable[Path], folder: Path) -> dict[Path, str]:
-    """An id of its own for every path: where two would be the same, both get a hash of their relative path."""
-    return apart({path: below.as_posix() for path, below in _below(paths, folder).items()})[0]
 
 
 def _below(paths: Iterable[Path], folder: Path) -> dict[Path, Path]:

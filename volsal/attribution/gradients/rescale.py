@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
 
-from volsal.attribution.gradients.rules import ACTIVATIONS, BackwardRule, Call, CoverageError
+from volsal.attribution.gradients.rules import ACTIVATIONS, BackwardRule, Call, CoverageError, Valued
 from volsal.attribution.gradients.spellings import spellings
 from volsal.attribution.method import detached, spatial
 from volsal.attribution.tap import copied_on_write, forward, plain, undisturbed
@@ -78,7 +78,7 @@ class RescaleRule(BackwardRule):
         name, line = step
         now = call.variables
         then = self._next(name, [variable.shape for variable in now])
-        output, node = call.replaced(lambda value: _Valued.apply(line(call, now, then, value), value), self.method)
+        output, node = call.replaced(lambda value: Valued.apply(line(call, now, then, value), value), self.method)
         self.cover(name, node)
         return output
 
@@ -124,19 +124,6 @@ class _Recorder(TorchFunctionMode):
         if step := _step(call):
             self.seen.append((step[0], [copied_on_write(variable.detach()) for variable in call.variables]))
         return func(*args, **kwargs)
-
-
-class _Valued(torch.autograd.Function):
-    """The numbers of ``value``, with the gradient of ``carrier``."""
-
-    @staticmethod
-    def forward(ctx: Any, carrier: Tensor, value: Tensor) -> Tensor:
-        ctx.mark_dirty(value)  # it becomes the output itself, rather than a view of it
-        return value
-
-    @staticmethod
-    def backward(ctx: Any, *signals: Tensor) -> Any:
-        return signals[0], None
 
 
 def _never(packed: Any) -> Tensor:

@@ -158,17 +158,27 @@ class DeconvRule(BackwardRule):
         return output
 
 
-class _Rectified(torch.autograd.Function):
-    """The numbers of ``value``, and a signal to ``carrier`` that is rectified."""
+class Valued(torch.autograd.Function):
+    """The numbers of ``value``, with the gradient of ``carrier``."""
 
     @staticmethod
     def forward(ctx: Any, carrier: Tensor, value: Tensor) -> Tensor:
+        """``value`` itself."""
         ctx.mark_dirty(value)  # it becomes the output itself, rather than a view of it
         return value
 
     @staticmethod
     def backward(ctx: Any, *signals: Tensor) -> Any:
-        return signals[0].clamp(min=0), None
+        """The signal, to the carrier alone."""
+        return signals[0], None
+
+
+class _Rectified(Valued):
+    """The numbers of ``value``, and a signal to ``carrier`` that is rectified."""
+
+    @staticmethod
+    def backward(ctx: Any, *signals: Tensor) -> Any:
+        return Valued.backward(ctx, _positive(signals[0]))
 
 
 @dataclass(frozen=True, eq=False)
