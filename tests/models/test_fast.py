@@ -7,6 +7,7 @@ import torch
 from nets import CONV, NORM, assert_same_state, random_net, state
 from torch import nn
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from volsal import ClassLogit, Explainer, GradCAM, GuidedBackprop, HiResCAM, InputGradient
 from volsal.attribution import LayerError, ModelError, default_layer
@@ -177,6 +178,54 @@ def test_convolutions_are_laid_out_channels_last(volume):
     quick.act.register_forward_hook(lambda module, args, output: seen.append(output))
     quick(volume.float())
     assert all(activation.is_contiguous(memory_format=torch.channels_last_3d) for activation in seen)
+
+
+class Operations(TorchDispatchMode):
+    """The names of the convolutions that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "conv" in func.name():
+            self.seen.append(func.name().split("::")[1])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+@pytest.mark.parametrize("axes", [2, 3])
+@pytest.mark.parametrize(
+    "conv", [{"kernel_size": 1}, {"kernel_size": 3, "stride": 2, "padding": 1}, {"kernel_size": 3, "dilation": 2},
+             {"kernel_size": 1, "groups": 2, "bias": False}]
+)  # fmt: skip
+def test_convolutions_are_onednns_but_where_gradients_are_followed(axes, conv):
+    torch.manual_seed(0)
+    net = nn.Sequential(CONV[axes](4, 8, **conv), nn.Flatten(2)).eval()
+    x = torch.randn(2, 4, *(7, 9, 11)[:axes])
+    quick = fast(net, x)
+    with torch.no_grad(), Operations() as plain:
+        out = quick(x)
+    assert plain.seen == ["mkldnn_convolution"]
+    assert_close(out, net(x))
+    asked = x.clone().requires_grad_()
+    with Operations() as followed:
+        quick(asked).square().sum().backward()
+    assert followed.seen == ["convolution", "convolution_backward"]
+    wanted = x.clone().requires_grad_()
+    net(wanted).square().sum().backward()
+    assert_close(asked.grad, wanted.grad)
+
+
+@pytest.mark.parametrize("padding", [{"padding": "same"}, {"padding": 1, "padding_mode": "circular"}])
+def test_what_onednn_has_no_words_for_runs_as_it_did(padding):
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Conv3d(1, 2, 3, **padding), nn.Flatten(2)).eval(), torch.randn(2, 1, 5, 6, 7)
+    quick = fast(net, x)
+    with torch.no_grad():
+        assert_close(quick(x), net(x))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert quick(x).dtype == torch.bfloat16
 
 
 def test_half_precision_takes_the_models_own_inputs_and_says_how_far_it_is_off(volume):
