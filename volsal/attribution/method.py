@@ -165,7 +165,7 @@ def attribute(
         families.setdefault(base.family() or base, []).append(base)
     answers: dict[Method, Attribution] = {}
     # What is made between the passes must be of use in them, which inference mode's tensors are not.
-    with torch.inference_mode(False), precise(model):
+    with torch.inference_mode(False), precise():
         for members in families.values():
             together = (members[0].family() or type(members[0])).run_together
             answers |= zip(members, together(model, volume, members, targets, context), strict=True)

@@ -70,8 +70,9 @@ class Memory(Generic[T]):
             return known
 
 
-# These change while a model is explained, and say nothing of where cells lie.
-_PASSING = ("training", "dropout")
+# What every module has, its mode among it; and the dropout, which changes while a model is explained.  None says where
+# cells lie.
+_PASSING = frozenset([*vars(nn.Module()), "dropout"])
 
 
 def _settings(module: nn.Module) -> list[tuple[str, Any]]:
@@ -79,6 +80,8 @@ def _settings(module: nn.Module) -> list[tuple[str, Any]]:
     return [(name, value) for name, value in vars(module).items() if name not in _PASSING and _is_plain(value)]
 
 
+_SIMPLE = (int, float, str, type(None))
+
+
 def _is_plain(value: Any) -> bool:
-    simple = (int, float, str, type(None))
-    return isinstance(value, simple) or (isinstance(value, tuple) and all(isinstance(part, simple) for part in value))
+    return isinstance(value, _SIMPLE) or (isinstance(value, tuple) and all(isinstance(part, _SIMPLE) for part in value))

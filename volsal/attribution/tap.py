@@ -57,7 +57,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.enable_grad())
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and it need not be loaded
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(precise(model))
+        stack.enter_context(precise())
         stack.enter_context(_evaluating(model))
         yield
 
@@ -67,13 +67,14 @@ _AUTOCAST: ContextVar[frozenset[str]] = ContextVar("_AUTOCAST", default=frozense
 
 
 @contextmanager
-def precise(model: nn.Module) -> Iterator[None]:
+def precise() -> Iterator[None]:
     """No autocast but inside :func:`forward`, and there the caller's, if it is to bfloat16.
 
     That has float32's range, and a model that was trained in it is run in it.  In float16 gradients underflow, so that
     autocast to it is turned off.  Scores, weights and maps are computed in float32 in any case.
     """
-    kinds = {"cpu", *(p.device.type for p in model.parameters())}
+    accelerator = torch.accelerator.current_accelerator()
+    kinds = {"cpu", *([accelerator.type] if accelerator else [])}
     with ExitStack() as stack:
         on = {kind for kind in kinds if torch.is_autocast_enabled(kind)}
         kept = {kind for kind in on if torch.get_autocast_dtype(kind) == torch.bfloat16}
@@ -101,8 +102,9 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     dropout = [(module, module.dropout) for module, _ in flags if isinstance(module, nn.RNNBase)]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
-        for module, _ in flags:
-            module.training = False
+        for module, flag in flags:
+            if flag:  # setting an attribute of a module takes its time, and networks have hundreds
+                module.training = False
         for recurrent, _ in dropout:  # cuDNN has its backward pass in training mode only, which differs by the dropout
             recurrent.training, recurrent.dropout = True, 0.0
         for parameter in trainable:
@@ -110,7 +112,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, flag in flags:
-            module.training = flag
+            if module.training is not flag:
+                module.training = flag
         for recurrent, share in dropout:
             recurrent.dropout = share
         for parameter in trainable:
