@@ -51,7 +51,7 @@ def test_a_function_for_preprocessing(config):
             GOOD.replace("scans: {folder", "scans: {foldr"),
             "c.yaml:13: scans.foldr: unknown key; did you mean 'folder'?",
         ),
-        (GOOD.replace("  factory: torch.nn:Conv3d\n", ""), "c.yaml:2: model: give either 'factory' or 'file'"),
+        (GOOD.replace("  factory: torch.nn:Conv3d\n", ""), "c.yaml:2: model: give one of 'factory', 'file'"),
         (
             GOOD.replace("folder: scans", "folder: a, volume: -1"),
             "c.yaml:13: scans.volume: expected a number from 0, or all",

@@ -65,7 +65,7 @@ if TYPE_CHECKING:
     from volsal.explain import Explainer
     from volsal.explanation import Explanation, Heatmap
     from volsal.grid import Grid
-    from volsal.models import load_model
+    from volsal.models import load_bundle, load_model
     from volsal.resampling import resample
     from volsal.scans import Scan, read_case, read_scan
 
@@ -86,7 +86,7 @@ _HOMES = {
     "volsal.explain": ("Explainer",),
     "volsal.explanation": ("Explanation", "Heatmap"),
     "volsal.grid": ("Grid",),
-    "volsal.models": ("load_model",),
+    "volsal.models": ("load_bundle", "load_model"),
     "volsal.resampling": ("resample",),
     "volsal.scans": ("Scan", "read_case", "read_scan"),
 }  # fmt: skip
@@ -146,6 +146,7 @@ __all__ = [
     "XGradCAM",
     "explain_windows",
     "list_layers",
+    "load_bundle",
     "load_config",
     "load_model",
     "read_case",

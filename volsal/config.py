@@ -21,10 +21,13 @@ class _Section(BaseModel):
 
 
 class ModelSection(_Section):
-    """The model: a factory with weights, or an exported program."""
+    """The model: a factory with weights, an exported program, or a MONAI bundle."""
 
     factory: str | None = Field(None, description="package.module:factory, or path/to/file.py:factory")
     file: str | None = Field(None, description="a .pt2 file made by torch.export.save, instead of a factory")
+    bundle: str | None = Field(
+        None, description="a MONAI bundle's folder; 'preprocess', 'windows', 'classes' and 'weights' go before its own"
+    )
     arguments: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the factory")
     weights: str | None = Field(None, description=".safetensors, or a .pt that holds a plain state dict")
     classes: list[str] = Field(default_factory=list, description="names of the model's classes, in output order")
@@ -38,8 +41,10 @@ class ModelSection(_Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelSection:
-        if (self.factory is None) == (self.file is None):
-            raise ValueError("give either 'factory' or 'file' (a .pt2)")
+        if [self.factory, self.file, self.bundle].count(None) != 2:
+            raise ValueError("give one of 'factory', 'file' (a .pt2) and 'bundle'")
+        if self.bundle and self.arguments:
+            raise ValueError("a bundle states its network's arguments itself; drop 'arguments'")
         return self
 
 
@@ -243,7 +248,22 @@ class AuditSection(_Section):
     controls: int = Field(19, ge=9, description="balls elsewhere that each is compared with")
     tolerance_mm: float = Field(6.0, ge=0, description="a peak so near a mask hits it")
     patient: str | None = Field(None, description="the group column that says whose scan it is")
-    checked: int = Field(6, ge=0, description="scans on which sanity, stability and deletion are computed")
+    checked: int = Field(
+        6, ge=0, description="scans on which sanity, stability, deletion, agreement and other outputs are computed"
+    )
+    mirror: bool = Field(False, description="left and right do not matter to this model: its maps must follow a flip")
+    random_labels: str | None = Field(
+        None, description="weights of the same model trained on shuffled labels, whose maps should be others"
+    )
+    template: str | None = Field(
+        None, description="a scan to which all are brought by an affine for the cohort's maps; left out: one grid"
+    )
+    min_overlap: float = Field(
+        0.5, ge=0, le=1, description="a scan that reaches less of the template is left out of the cohort's maps"
+    )
+    label_names: dict[str, dict[int, str]] = Field(
+        default_factory=dict, description="by mask, what a label map's labels are called, as in {organs: {1: liver}}"
+    )
     alpha: float = Field(0.01, gt=0, lt=1, description="chance of any false trust, over all methods and answers")
     min_scans: int = Field(5, ge=3, description="fewer scans of one answer say nothing")
     min_share: float = Field(0.5, gt=0, le=1, description="trust: of the scans whose score moves at the map's peak")
@@ -252,14 +272,24 @@ class AuditSection(_Section):
     min_effect_other: float = Field(
         0.25, ge=0, description="trust: median effect of outputs that are no log odds, in spreads"
     )
-    max_alike: float = Field(0.5, gt=0, description="trust: top Dice with the map of random weights, at most")
+    max_alike: float = Field(
+        0.5, gt=0, description="trust: top Dice with the map of random weights, at most; also with other outputs' maps"
+    )
+    max_excess: float = Field(
+        0.0, description="sanity: SSIM with the map of random weights or labels above that of two scans' maps, at most"
+    )
+    min_agreement: float = Field(
+        0.1, ge=0, description="agreement: top Dice of two methods' maps above that of displaced ones, at least"
+    )
     min_stable: float = Field(0.5, ge=0, description="trust: share of harmless changes under which the peak stays")
     body_margin_mm: float = Field(6.0, ge=0, description="so near the body is not outside of it")
     border_mm: float = Field(10.0, ge=0, description="so near the field's faces is its border")
     shortcut_effect: float = Field(0.2, gt=0, description="shortcut: effect in one scan, in spreads of the score")
     shortcut_share: float = Field(0.25, gt=0, le=1, description="shortcut: share of the scans of one answer")
-    brightness_left: float = Field(
-        0.5, gt=0, lt=1, description="shortcut: share of the answers' spread that equal brightness leaves"
+    exchanged: int = Field(32, ge=0, description="shortcut: scans between which properties are exchanged; 0: none")
+    carried: float = Field(0.33, gt=0, lt=1, description="shortcut: share of the answers' difference that goes along")
+    still: float = Field(
+        0.8, ge=0.5, le=1, description="shortcut: pairs of scans that single voxels of the field order as their answers"
     )
 
 
@@ -302,6 +332,35 @@ class Config(_Section):
     def folder(self) -> Path:
         """What relative paths in the file start from: the file's own folder."""
         return self._path.parent
+
+
+def require_files(config: Config) -> None:
+    """Raise ConfigError, by its key, where a file or folder that the model or its preprocessing is made of is absent.
+
+    Asked before the model is loaded, and not when the file is read: a config may be looked at where its model is not.
+    """
+    model, function = config.model, getattr(config.preprocess, "function", "")
+    named = {
+        "model.factory": _file_in(model.factory or ""),
+        "model.file": model.file,
+        "model.bundle": model.bundle,
+        "model.weights": model.weights,
+        "preprocess.function": _file_in(function),
+    }
+    for key, name in named.items():
+        if not name or (path := config.folder / name).exists():
+            continue
+        alike = [other.name for other in path.parent.glob(f"*{path.suffix}")]
+        raise ConfigError(
+            f"{config.path}: {key}: no file {path}{nearest(path.name, alike)}; put it there, or mend the path, which "
+            "starts from the config's own folder"
+        )
+
+
+def _file_in(reference: str) -> str | None:
+    """The file of ``path/to/file.py:name``; None for what is imported by its module's name."""
+    file = reference.rpartition(":")[0]
+    return file if file.endswith(".py") else None
 
 
 def load_config(path: str | Path) -> Config:

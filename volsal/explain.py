@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from volsal.alignments import Alignments, Key, beside
 from volsal.attribution import (
@@ -49,11 +46,13 @@ from volsal.attribution.targets.target import distinct, facts, placed, told
 from volsal.attribution.windows.windowed import Windowed
 from volsal.attribution.windows.windows import volumes_of
 from volsal.choices import SettingsError, as_method, configured_methods, method_names
-from volsal.config import Config, ConfigError, FunctionSection
+from volsal.config import Config, ConfigError, FunctionSection, require_files
+from volsal.environment import environment
 from volsal.errors import VolsalError, nearest
 from volsal.explanation import Explanation, Heatmap, Parts, Prediction, plain_data
 from volsal.grid import Grid
-from volsal.models import load_model, weights_digest
+from volsal.models import Bundle, load_bundle, load_model, weights_digest
+from volsal.models.bundle import Part, would_run
 from volsal.models.fast import FastCopy, fast_copy
 from volsal.models.fast import fast as copy_of
 from volsal.preprocess import ModelInput, MonaiSteps, PathFunction, Preprocess, PreprocessError, as_preprocess
@@ -142,6 +141,7 @@ class Explainer:
         type, such as ``torch.bfloat16``: a copy in that, which is an approximation and is noted as such
     windows : apply the model window by window, as inference on large scans does, and explain it as one function of the
         whole (see :func:`volsal.explain_windows`)
+    bundle : where the model comes from, for the record
 
     ``methods`` may also be a dict of them by names of one's own.  Otherwise a method's name, in files and records, is
     its id, followed, where several have that id, by the settings in which they differ: ``grad-cam-layer3``.
@@ -167,8 +167,10 @@ class Explainer:
         keep: Path | None = None,
         fast: bool | torch.dtype = False,
         windows: Windows | None = None,
+        bundle: Bundle | None = None,
     ) -> None:
         self.model = model
+        self.bundle = bundle
         self.preprocess: Preprocess = as_preprocess(preprocess)
         self.classes = tuple(classes)
         named = methods if isinstance(methods, Mapping) else {}
@@ -216,41 +218,46 @@ class Explainer:
         alignment: str | None = None,
         progress: Progress | None = None,
         keep: Path | None = None,
+        trust_bundle: bool = False,
     ) -> Explainer:
         """The explainer that a config describes.
 
         ``methods``, ``targets`` and ``alignment`` replace the config's own; relative paths in them start from the
         working directory, those in the config from its folder.  What `volsal align` measured for the config is used.
+        ``trust_bundle``: let a bundle run its own code (see :func:`volsal.load_bundle`); a config cannot say so.
         """
+        require_files(config)
         section = config.model
-        model = load_model(
-            cast(str, section.factory or section.file), section.arguments, section.weights, config.folder
-        )
+        bundle = _bundle(config, trust_bundle)
+        model = bundle.model if bundle else _model(config)
         try:
             model.to(section.device)
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
             raise ModelError(f"{config.path}: model.device {section.device!r}: {reason}; 'cpu' always works") from error
         try:
-            preprocess = _configured_preprocess(config)
+            preprocess = _configured_preprocess(config, bundle)
         except PreprocessError as error:
             raise ConfigError(f"{config.path}: preprocess: {error}") from error
         here = Path.cwd() if targets else None
+        classes = section.classes or (bundle.classes if bundle else ())
+        windows = Windows(**config.windows.model_dump()) if config.windows else None
         return cls(
             model,
             preprocess,
             configured_methods(methods or config.methods),
-            [parse_target(target, section.classes, here) for target in (targets or config.targets)],
-            section.classes,
+            [parse_target(target, classes, here) for target in (targets or config.targets)],
+            classes,
             alignment or config.alignment,
             Alignments.read(beside(config.path)) if (alignment or config.alignment) in ("auto", Measured.id) else None,
             per_channel=config.per_channel,
-            channels=config.scans.channel_names() if config.scans else (),
+            channels=(config.scans.channel_names() if config.scans else ()) or (bundle.channels if bundle else ()),
             folder=config.folder,
             progress=progress,
             keep=keep,
             fast=torch.bfloat16 if section.precision == "bf16" else section.fast,
-            windows=Windows(**config.windows.model_dump()) if config.windows else None,
+            windows=windows or (bundle.windows if bundle else None),
+            bundle=bundle,
         )
 
     @property
@@ -347,6 +354,8 @@ class Explainer:
                     "weights_sha256": self.weights_sha256,
                     "fast": copied.describe() if copied else None,
                     "windows": plain_data(self.windows),
+                    "bundle": self.bundle.describe() if self.bundle else None,
+                    "outputs": [list(part.shape) for part in tree_leaves(output) if isinstance(part, Tensor)],
                 },
                 "model_input": {
                     "shape": list(tensor.shape),
@@ -467,6 +476,8 @@ class Explainer:
             made_of = [base for method in self.methods for base in bases(method)]
             named = [layer for base in made_of if (layer := getattr(base, "layer", None))]
             self._fast = weights, copy_of(model, tensor, None if self.fast is True else self.fast, named)
+            # It was made only since two passes of one input, the model's and its own, gave the same.
+            self._known_to_repeat |= self.fast is True
         return self._fast[1], fast_copy(self._fast[1])
 
     def _other_input(self, value: Any, context: Context) -> Any:
@@ -674,9 +685,36 @@ def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
 
 
-def _configured_preprocess(config: Config) -> Preprocess:
+def _model(config: Config) -> nn.Module:
+    section = config.model
+    return load_model(cast(str, section.factory or section.file), section.arguments, section.weights, config.folder)
+
+
+def _bundle(config: Config, trust: bool) -> Bundle | None:
+    section = config.model
+    if section.bundle is None:
+        return None
+    weights = config.folder / section.weights if section.weights else None
+    return load_bundle(config.folder / section.bundle, weights, trust=trust, without=_own_parts(config))
+
+
+def _own_parts(config: Config) -> list[Part]:
+    """What the config says itself, be it that there is none, and is not taken from a bundle."""
+    parts: tuple[Part, ...] = ("preprocess", "windows")
+    return [part for part in parts if part in config.model_fields_set]
+
+
+def trusted_to_run(config: Config) -> tuple[str, ...]:
+    """What of a config's bundle would run if it were trusted, in words; see :func:`volsal.models.bundle.would_run`."""
+    section = config.model
+    return would_run(config.folder / section.bundle, _own_parts(config)) if section.bundle else ()
+
+
+def _configured_preprocess(config: Config, bundle: Bundle | None) -> Preprocess:
     if isinstance(config.preprocess, FunctionSection):
         return PathFunction(resolve(config.preprocess.function, config.folder))
+    if bundle and "preprocess" not in config.model_fields_set:
+        return MonaiSteps(bundle.preprocess)
     return MonaiSteps.from_config(config.preprocess)
 
 
@@ -707,21 +745,3 @@ def _require_equal(first: list[Tensor], again: list[Tensor], when: str) -> None:
                 f"the model is not deterministic: the same input scored {float(ours[0]):.6g} and then, {when}, "
                 f"{float(theirs[0]):.6g}; is there dropout or sampling that evaluation mode leaves on?"
             )
-
-
-def environment() -> dict[str, Any]:
-    """Versions and machine, for provenance."""
-    return dict(_environment())
-
-
-@cache
-def _environment() -> dict[str, Any]:
-    from volsal import __version__
-
-    packages = {name: metadata.version(name) for name in ("torch", "numpy", "nibabel", "SimpleITK", "monai")}
-    cuda = {"cuda": torch.version.cuda, "gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
-    return {
-        "volsal": __version__,
-        "versions": {"python": platform.python_version(), **packages, **cuda},
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
-    }

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 FORMAT = 1
 # Raised by whoever changes what a scan's result holds, so that a run makes anew what an earlier code made.
 RESULT_VERSION = 4
+# Maps that a notebook shows as pictures; of further ones it tells in words.
+_PICTURES = 6
 
 
 class TakenError(WriteError):
@@ -291,11 +293,23 @@ class Explanation:
 
         show(self.scan, self.maps, **options)
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the prediction, and three planes with each of the first maps."""
+        from volsal.report.notebook import Shown, piece
+
+        shown = [
+            Shown(heatmap.name, _in_words(heatmap), self._figure(heatmap) if number < _PICTURES else None)
+            for number, heatmap in enumerate(self.maps)
+        ]
+        return str(piece(self.case, str(self.prediction), shown, self.notes))
+
     def figure(self, method: str | None = None, target: str | None = None) -> Figure:
         """Three planes through the peak of a map (the first one unless named) as a matplotlib figure."""
+        return self._figure(self.map(method, target) if method else self.maps[0])
+
+    def _figure(self, chosen: Heatmap) -> Figure:
         from volsal.report.figures import three_planes
 
-        chosen = self.map(method, target) if method else self.maps[0]
         return three_planes(
             self.scan,
             chosen.values,
@@ -305,6 +319,17 @@ class Explanation:
             signed=chosen.signed,
             title=f"{self.case}: {chosen.method_name}, {chosen.target_text}",
         )
+
+
+def _in_words(heatmap: Heatmap) -> str:
+    """What a map shows, for who cannot see it."""
+    layer = f"layer {heatmap.layer}" if heatmap.layer else "the model's input"
+    if heatmap.peak_mm is None:
+        shows = {"empty": "no positive evidence", "constant": "the same everywhere"}[heatmap.status]
+    else:
+        at = ", ".join(f"{mm:.1f}" for mm in heatmap.peak_mm)
+        shows = f"peak {heatmap.extremes[1]:.3g} {heatmap.unit} at ({at}) mm"
+    return f"{heatmap.target_text}, {layer}: {shows}"
 
 
 def _summit(values: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -18,9 +18,10 @@ import json
 import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from hashlib import sha256
+from hashlib import file_digest
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
@@ -47,7 +48,7 @@ class Fault:
     status : ``refused``: what was found is told and can be mended; ``failed``: it broke
     code : the kind of fault in one word: ``scan``, ``preprocess``, ``memory``, ``time-limit``, ``worker-lost``, ...
     reason : one line
-    key : what it depends on (see :class:`volsal.batch.recipe.Recipe`): while that stays, it would only happen again
+    key : what it depends on (see :func:`volsal.batch.recipe.key_of`): while that stays, it would only happen again
     trace : the traceback, where there is one
     """
 
@@ -114,8 +115,11 @@ class RunFolder:
 
     def is_whole(self, case: str, record: Mapping[str, Any]) -> bool:
         """Whether every file that the record names is there, to the byte."""
-        files = {self.path / case / name: digest for name, digest in files_of(record).items()}
-        return all(path.is_file() and _digest(path) == digest for path, digest in files.items())
+        home = self.path / case
+        try:
+            return all(_digest(home / name) == digest for name, digest in files_of(record).items())
+        except (FileNotFoundError, IsADirectoryError):
+            return False
 
     def state(self, case: str) -> State:
         """What became of a case, told by which files are there."""
@@ -153,8 +157,9 @@ class RunFolder:
 
     def sweep(self, case: str) -> None:
         """Remove what a process that was killed left half written in a case's folder."""
-        for leftover in (self.path / case).glob(".volsal-*"):
-            leftover.unlink(missing_ok=True)
+        with suppress(FileNotFoundError), os.scandir(self.path / case) as entries:
+            for leftover in [Path(entry.path) for entry in entries if entry.name.startswith(".volsal-")]:
+                leftover.unlink(missing_ok=True)
 
     def log(self, event: str, **about: Any) -> None:
         """Append a line to the log: one write, so that lines of several processes do not mix.
@@ -165,10 +170,10 @@ class RunFolder:
             Where the disk refuses.
         """
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        line = json.dumps({"time": now, "event": event, **about}, ensure_ascii=True, default=str)
+        line = json.dumps({"time": now, "event": event, **about}, ensure_ascii=True, default=str) + "\n"
         try:
-            with (self.path / LOG).open("a", encoding="ascii") as file:
-                file.write(line + "\n")
+            with (self.path / LOG).open("ab") as file:
+                file.write(line.encode("ascii"))
         except OSError as error:
             raise WriteError(f"{self.path / LOG}: could not be written: {error.strerror or error}") from error
 
@@ -281,8 +286,15 @@ def files_of(record: Mapping[str, Any]) -> dict[str, str]:
 def safe_cell(cell: Any) -> Any:
     """Text that a spreadsheet would take for a formula gets a leading apostrophe; numbers stay numbers."""
     text = one_line(str(cell))
-    is_number = text.lstrip("-").replace(".", "", 1).replace("e-", "", 1).replace("e+", "", 1).isdigit()
-    return f"'{text}" if text.startswith(("=", "+", "-", "@")) and not is_number else text
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) and not _is_number(text) else text
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def one_line(text: str) -> str:
@@ -292,7 +304,7 @@ def one_line(text: str) -> str:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
         return None
     return content if _is_dict(content) else None
@@ -320,8 +332,5 @@ def _write(path: Path, content: Mapping[str, Any] | Sequence[Any]) -> None:
 
 
 def _digest(path: Path) -> str:
-    digest = sha256()
     with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return file_digest(file, "sha256").hexdigest()

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Whether a run gives the same, bit for bit, with 1, 2 and 4 workers, and with its cases in another order.
 
-    scripts/bench/alike.py [--cases 24] [--size 32]
+    scripts/bench/alike.py [--cases 24] [--size 32] [--fast]
 
 The network is MONAI's resnet10, its maps Grad-CAM, guided backprop, SmoothGrad and occlusion; one CPU thread each.
 The order is shuffled by a table whose rows are; ids stay, so that every file can be compared.
@@ -22,13 +22,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=24)
     parser.add_argument("--size", type=int, default=32)
+    parser.add_argument("--fast", action="store_true", help="explain the model's fast copy, which each worker makes")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         config = cohort(folder, options.cases, options.size)
         content = yaml.safe_load(config.read_text())
         arguments = {"spatial_dims": 3, "n_input_channels": 1, "num_classes": 2}
-        content["model"] = {"factory": "net.py:trained", "arguments": arguments}
+        content["model"] = {"factory": "net.py:trained", "arguments": arguments, "fast": options.fast}
         content["methods"] = [
             "grad-cam",
             "guided-backprop",

@@ -59,9 +59,9 @@ def main() -> None:
                 memory[number] = resident_mib()
         each = 1e3 * (time.perf_counter() - clock) / options.cases
         run = Run(load_config(config))
-        clock = time.perf_counter()
+        clock, cpu = time.perf_counter(), time.process_time()
         kept = sum(outcome.status == "kept" for outcome in run.execute())
-        resumed = time.perf_counter() - clock
+        resumed, cpu = time.perf_counter() - clock, time.process_time() - cpu
         clock = time.perf_counter()
         run.collect()
         collected = time.perf_counter() - clock
@@ -72,7 +72,7 @@ def main() -> None:
     print("memory, MiB, after cases: " + ", ".join(f"{n}: {mib:.0f}" for n, mib in memory.items()))
     begun, first, last = next(iter(memory)), next(iter(memory.values())), list(memory.values())[-1]
     print(f"growth from case {begun} to {options.cases}: {last / first - 1:+.1%} (goal within 10 %)")
-    print(f"run again: {kept} kept in {resumed:.1f} s (goal < 10); table of {kept} cases: {collected:.1f} s")
+    print(f"run again: {kept} kept in {resumed:.1f} s (goal < 10), {cpu:.1f} s of CPU; their table: {collected:.1f} s")
 
 
 if __name__ == "__main__":

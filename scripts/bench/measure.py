@@ -59,12 +59,13 @@ def _rss_peak(prepare: Callable[[], Call]) -> int:
     call = prepare()
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = _status("VmRSS")
+    before = status_bytes("VmRSS")
     call()
-    return _status("VmHWM") - before
+    return status_bytes("VmHWM") - before
 
 
-def _status(field: str) -> int:
+def status_bytes(field: str) -> int:
+    """A line of this process's status, such as ``VmRSS``, in bytes.  Linux only."""
     found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found, f"no {field} in /proc/self/status"
     return 1024 * int(found[1])

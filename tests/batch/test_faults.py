@@ -218,7 +218,7 @@ def test_a_process_can_end_although_something_in_it_hangs_for_good(tmp_path):
 def test_what_hangs_while_it_is_read_is_not_read_without_a_limit_to_record_it(config, monkeypatch):
     from volsal.batch import worker
 
-    path, real = config(), worker._digests
+    path, real = config(), worker.digests_of
 
     def hangs(case):
         while case.id == "a":
@@ -229,7 +229,8 @@ def test_what_hangs_while_it_is_read_is_not_read_without_a_limit_to_record_it(co
         return hangs(case) and real_read(self, case, digests)
 
     real_read = Worker._read
-    monkeypatch.setattr(worker, "_digests", hangs)
+    monkeypatch.setattr("volsal.batch.earlier.digests_of", hangs)
+    monkeypatch.setattr(worker, "digests_of", hangs)
     monkeypatch.setattr(Worker, "_read", hanging_read)
     run, outcomes = execute(path, time_limit=0.5 / 60)
     assert statuses(outcomes) == {**SOUND, "a": ("failed", "time-limit")}
@@ -359,7 +360,8 @@ def test_status_tells_how_far_a_run_is_that_makes_everything_anew(config, tmp_pa
     for _ in run.execute():
         seen.append(status_of(run.folder))
     assert [found.through for found in seen] == [1, 2, 3]
-    assert {found.states["done"] for found in seen} == {3}, "results that are there, of which settings ever"
+    # Results that are there, of which settings ever, but for the one case that is just being written.
+    assert {found.states["done"] for found in seen} <= {2, 3}
     assert seen[0].left_s > 0
 
 
@@ -503,6 +505,15 @@ def test_a_file_that_changes_while_it_is_read_is_refused(config, scan_file, monk
     _, outcomes = execute(config())
     assert statuses(outcomes) == {**SOUND, "a": ("refused", "changed")}
     assert "changed while it was being read" in outcomes["a"].error
+
+
+def test_a_process_that_died_after_a_case_was_done_leaves_it_unsuspected(config):
+    path = config()
+    run, _ = execute(path)
+    attempts = Attempts(run.folder.path)
+    attempts.begin("a", Deaths())  # what is left where the note was not yet removed
+    assert execute(path)[1]["a"].status == "kept"
+    assert attempts.suspects() == {}
 
 
 def test_leftovers_of_a_killed_process_are_swept(config, tmp_path):

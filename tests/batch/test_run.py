@@ -7,6 +7,7 @@ import time
 import pytest
 import yaml
 
+from volsal import references
 from volsal.batch import Run, recipe
 from volsal.config import ConfigError, load_config
 from volsal.errors import VolsalError
@@ -176,6 +177,75 @@ def test_code_that_is_imported_from_a_package_beside_the_config_counts(config, t
     assert recipe._modules(installed) == set()
 
 
+COUNTING = """
+import torch
+from torch import nn
+
+PASSES = []
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.features = nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), nn.BatchNorm3d(4), nn.ReLU())
+        self.features[1].running_mean.normal_()
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        PASSES.append(tuple(x.shape))
+        return self.head(self.features(x).mean((2, 3, 4)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("fast", "once"),
+    [(False, 1), (True, 2)],  # the first scan again; the model and its copy, which are compared
+)
+def test_what_is_checked_once_is_checked_once_and_no_record_tells_on_which_scan(config, tmp_path, fast, once):
+    (tmp_path / "counting.py").write_text(COUNTING)
+    sections = {"model": {"factory": "counting.py:Net", "fast": fast}, "methods": [{"grad-cam": {"layer": "features"}}]}
+    path = config(**sections, alignment="half-pixel")
+    run, outcomes = execute(path)
+    counting = references.resolve("counting.py:PASSES", tmp_path)
+    assert ([o.status for o in outcomes], len(counting)) == (["done"] * 3, 3 + once)
+    first = Run(load_config(config(**sections, alignment="half-pixel", scans={"folder": "scans/sub"})), tmp_path / "b")
+    list(first.execute())
+    records = [run.folder.record("sub-b"), first.folder.record("b")]
+    for record in records:
+        assert record["provenance"]["model"]["fast"] == (
+            {"dtype": None, "folded": 1, "norms": 1, "within": 1e-4} if fast else None
+        )
+    assert records[0]["notes"] == records[1]["notes"]
+
+
+def test_a_plan_goes_by_the_keys_that_the_run_goes_by(config, tmp_path, scan_file):
+    (tmp_path / "scans" / "bad.nii.gz").write_text("hello " * 200)
+    path = config()
+    execute(path)
+    scan_file("scans/a.nii.gz", shape=(12, 14, 11))
+    next((tmp_path / "out" / "sub-c").glob("*guided*")).unlink()
+    scan_file("scans/z.nii.gz", shape=(12, 14, 10))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    plan = Run(load_config(path)).plan()
+    assert plan.standing == {"done": 1, "changed": 2, "faulty": 1, "new": 1}
+    assert (plan.left, set(plan.timed) <= {"a", "sub-c", "z"}) == (3, True)
+    assert plan.voxels_left == 12 * 14 * (10 + 11 + 10)
+    said = "\n".join(plan.lines())
+    assert "1 done and kept; 2 done again, since what they depend on has changed; 1 refused or failed before" in said
+    assert "left so: --retry-failed tries them again); 1 new" in said
+    assert said.count("for the 3 cases that are left") == 2
+    retried = Run(load_config(path), retry_failed=True).plan()
+    assert (retried.left, "and as they were (tried again)" in "\n".join(retried.lines())) == (4, True)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    _, outcomes = execute(path)
+    assert [o.case for o in outcomes if o.status == "done"] == ["a", "sub-c", "z"]
+    finished = Run(load_config(path)).plan()
+    assert (finished.left, finished.timed, finished.seconds) == (0, {}, None)
+    assert "nothing is left to do" in finished.lines()
+    (tmp_path / "scans" / "a.nii.gz").write_bytes(b"")  # a file that cannot be read: the run will say so
+    assert Run(load_config(path)).plan().standing["changed"] == 1
+
+
 def test_a_disk_that_fails_stops_the_run_and_loses_nothing(config, tmp_path, monkeypatch):
     import volsal.explanation
 
@@ -225,6 +295,29 @@ def test_a_config_that_names_nothing_to_do_is_an_error(config, sections, says):
 def test_what_is_wrong_for_every_scan_is_said_before_the_first(config, sections):
     with pytest.raises(VolsalError):
         next(Run(load_config(config(**sections))).execute())
+
+
+@pytest.mark.parametrize(
+    ("sections", "says"),
+    [
+        ({"model": {"factory": "net.py:build", "weights": "gone.pt"}}, r"model\.weights: no file .*gone\.pt; put it"),
+        ({"model": {"factory": "nett.py:build"}}, r"model\.factory: no file .*nett\.py; did you mean 'net\.py'\?"),
+        ({"model": {"file": "deep/gone.pt2"}}, r"model\.file: no file .*deep/gone\.pt2; put it there"),
+        ({"model": {"bundle": "gone"}}, r"model\.bundle: no file .*gone"),
+        ({"preprocess": {"function": "steps.py:prepare"}}, r"preprocess\.function: no file .*steps\.py"),
+    ],
+)
+def test_a_file_that_is_not_there_is_told_by_its_key(config, sections, says):
+    with pytest.raises(ConfigError, match=f"config\\.yaml: {says}"):
+        next(Run(load_config(config(**sections))).execute())
+
+
+def test_the_record_says_what_it_was_computed_with(config, tmp_path):
+    run, _ = execute(config())
+    for about in (run.folder.asked(), run.folder.record("a")["provenance"]):
+        assert about["numerics"]["deterministic"] is False
+        assert {"volsal", "commit", "versions", "machine", "threads"} <= about.keys()
+    assert run.folder.record("a")["provenance"]["model"]["outputs"] == [[1, 2]]
 
 
 def test_cells_that_a_spreadsheet_would_run_are_quoted(config, tmp_path):

@@ -112,8 +112,8 @@ def refusals(tmp_path, factory, trained):
         ("model.onnx", None, "ONNX graph has no gradients"),
         ("model", None, "not a model volsal can load"),
         ("weights.safetensors", None, "weights, whose architecture is missing; name a factory"),
-        (str(tmp_path), None, "a model bundle is a program"),
-        ("bundle.zip", None, "a model bundle is a program"),
+        (str(tmp_path), None, "model: {bundle: FOLDER}"),
+        ("bundle.zip", None, "unpack it and name its folder"),
         (str(tmp_path / "empty.pt"), None, "the file is empty"),
     ]
 

@@ -16,6 +16,7 @@ from made_runs import BLOB_MM, add_case, begin, distance, fault, geometry_of, gr
 from volsal.display import Upright
 from volsal.report.markup import data_block, readable, render
 from volsal.report.page import ReportError, write_report
+from volsal.report.sections import Case, scales_of
 from volsal.report.volumes import Shown, coded, thumbnail
 from volsal.run_folder import RunFolderError
 
@@ -265,6 +266,48 @@ def test_a_page_holds_every_shown_voxel_of_its_own_cases_files(made):
         assert seen == 4
 
 
+def reach(picture):
+    """How far the brightest colour of a small picture is from grey."""
+    from PIL import Image
+
+    pixels = np.asarray(Image.open(picture).convert("RGB")).astype(int)
+    return np.ptp(pixels, axis=-1).max()
+
+
+def test_on_the_same_scale_a_weak_map_looks_weak_and_on_its_own_as_strong_as_any(tmp_path):
+    begin(tmp_path / "run")
+    for case, scale in (("strong", 1.0), ("weak", 0.3)):
+        scan = write_scan(tmp_path / "scans" / f"{case}.nii.gz", grid_of())
+        add_case(tmp_path / "run", case, scan, scale=scale)
+    write_report(tmp_path / "run")
+    pictures = tmp_path / "run" / "report" / "pictures"
+    for number in (1, 2):  # unsigned and signed
+        own = [reach(pictures / f"000{n}-{case}-{number}-own.png") for n, case in ((1, "strong"), (2, "weak"))]
+        same = [reach(pictures / f"000{n}-{case}-{number}-same.png") for n, case in ((1, "strong"), (2, "weak"))]
+        assert own[1] == pytest.approx(own[0], abs=12)
+        assert same[0] == pytest.approx(own[0], abs=12)
+        assert same[1] < 0.75 * same[0]
+
+
+def entry(top, status="ok", signed=False):
+    return {"name": "m", "target": "t", "status": status, "signed": signed, "window": [0.0, top]}
+
+
+@pytest.mark.parametrize(
+    ("entries", "limits"),
+    [
+        ([entry(1.0), entry(3.0), entry(2.0)], (0, 3)),
+        ([entry(float(n)) for n in range(1, 21)] + [entry(1000.0)], (0, 19)),  # two of 21 reach further
+        ([entry(1.0), entry(9.0, "empty"), entry(8.0, "constant")], (0, 1)),
+        ([entry(2.0, signed=True), entry(1.0, signed=True)], (-2, 2)),
+        ([entry(5.0, "empty")], (0, 1)),
+    ],
+)
+def test_the_scale_for_all_cases_holds_nine_tenths_of_them(entries, limits):
+    cases = [Case(str(n), "done", {}, {"maps": [one]}) for n, one in enumerate(entries)]
+    assert scales_of([*cases, Case("x", "failed", {})]) == {"m t": limits}
+
+
 def test_a_mask_of_the_run_is_on_the_page_of_its_case(made):
     page = next(page for page in pages(made) if "permuted" in page.name)
     about, volumes = geometry_of(page)
@@ -419,5 +462,19 @@ def test_an_audit_is_told_with_its_rules_and_suspicious_scans_first(tmp_path):
     assert "a &lt; b" in page
     assert "evidence in the air" in page
     assert '"suspicion"' in page
+    headings = {"CLAIM": "Methods", "FUTURE-AI": "Explainability"}
+    second = {**found, "target": "class-1", "suspicious": []}
+    found |= {"target": "class-0", "parts": [{"id": "trust", "title": "Can it be believed?", "headings": headings}]}
+    found["verdicts"][0] |= {"part": "trust", "figures": {"pairs": []}}
+    found["metrics"]["grad-cam"]["pointing game"]["nulls"] = {"permuted": {**figure, "value": 0.125}}
+    found |= {"limits": ["what it does not tell"], "further": [second]}
+    maps = {"site": {"a": {"scans": 5, "files": ["cohort/mean.nii.gz"]}}}
+    found["cohort"] = {"groups": maps, "left_out": {"two": "no grid"}}
+    (folder / "audit.json").write_text(json.dumps(found))
+    page = write_report(folder).read_text()
+    for words in ("Of the target class-0", "Of the target class-1", "Can it be believed?", "CLAIM (Methods)",
+                  "permuted 0.125", "what it does not tell", "cohort/mean.nii.gz",
+                  "1 scan left out: no grid"):  # fmt: skip
+        assert words in page
     (folder / "audit.json").write_text("[]")
     assert "No audit of these maps" in write_report(folder).read_text()

@@ -266,7 +266,40 @@ def test_the_list_is_filtered_and_ordered_as_asked(run):
     assert found[3] == [*sorted(top, key=top.get), "lost"]
     assert found[4:-1] == [["tilted"], ["lost"], ["permuted"]]
     assert "no positive evidence" in found[-1][0]
-    assert found[-1][1].endswith("-permuted-3.png")
+    assert found[-1][1].endswith("-permuted-3-same.png")
+
+
+def test_the_pictures_have_one_scale_for_all_cases_unless_each_is_given_its_own(run):
+    def choose(scale):
+        return {"do": f"const s = document.querySelector('.tools [name=scale]'); s.value = '{scale}';"
+                      "s.dispatchEvent(new Event('change'))"}  # fmt: skip
+
+    loaded = {"until": "[...document.images].every(i => i.complete && i.naturalWidth > 100)"}
+    shown = {
+        "do": """const cards = [...document.querySelectorAll('.gallery li')];
+        const read = card => [card.querySelector('b').textContent, card.querySelector('.scale').innerText,
+            card.querySelector('img').src.split('-').pop()];
+        return {words: document.querySelector('.scale-words').innerText, cards: cards.map(read),
+            ramps: document.querySelectorAll('.ramp').length}"""
+    }
+    index = run / "report" / "index.html"
+    answers = browse(index, LISTED, loaded, shown, choose("own"), loaded, shown, choose("same"), loaded, shown)
+    same, own, again = (answer for answer in answers if isinstance(answer, dict))
+    # The four blobs reach 1, 3, 2 and 1; the scale, the largest.
+    tops = {"hostile": 1, "permuted": 3, "thick": 1, "tilted": 2}
+    measured = {c: nib.load(run / c / f"{c}_grad-cam_class-1.nii.gz").get_fdata().max() for c in tops}
+    assert "the same colour is the same value" in same["words"]
+    assert numbers(same["words"])[-1] == pytest.approx(max(measured.values()), rel=0.05)
+    assert same["ramps"] == 1
+    assert [(name, file) for name, _, file in same["cards"]] == [(name, "same.png") for name in tops]
+    for name, words, _ in same["cards"]:
+        assert words.startswith("up to ")
+        assert numbers(words)[0] == pytest.approx(measured[name], rel=0.05)
+        assert "beyond" not in words
+    assert "as strong as any other" in own["words"]
+    assert own["ramps"] == 4
+    assert {file for _, _, file in own["cards"]} == {"own.png"}
+    assert again == same
 
 
 def test_names_from_files_do_nothing_in_a_browser(run):

@@ -1,4 +1,8 @@
-"""What a run would do, found out without doing it: nothing is written, and of scans no more than headers are read."""
+"""What a run would do, found out without doing it: nothing is written.
+
+Of scans no more than headers are read, but for those of which an earlier run left something: whether that still holds
+is told by all their bytes.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,7 @@ from statistics import fmean
 from typing import Any, TypeVar
 
 from volsal.batch.cases import Cases
+from volsal.batch.earlier import Standing
 from volsal.batch.tables import exists, several
 from volsal.errors import VolsalError
 from volsal.scans.dicom_frames import is_regular, regular_files
@@ -38,23 +43,29 @@ class Plan:
     ----------
     cases : how many there are, and ``source`` where they come from
     faults : id -> why the case cannot be explained
+    standing : how many of the others have a result that holds (``done``), one or a fault that does not, since what it
+        depends on has changed (``changed``), a fault that would only happen again (``faulty``), or nothing (``new``)
+    left : how many of them the run would do: those new and changed, and with ``retry`` those faulty
     missing : id -> files of the case that are not there: scans, masks, other inputs
     twice : sets of ids whose cases have a scan file in common, by whatever name
     notes : what was passed over, and what of a table has no case
     bytes : of all scan files; an estimate where ``folders_measured`` says that only so many DICOM folders were measured
     voxels : of the first channel of all cases, on which maps are written; from the ``headers_read`` of NIfTI files, the
-        other cases being taken for as large on average.  None where none could be read
+        other cases being taken for as large on average.  None where none could be read; ``voxels_left`` of those left
     labels, groups : how many cases have which label, and which value in each column; "" where none is given
-    maps : per case; ``result_bytes`` for all of them at ``bytes_per_voxel``, before compression
+    maps : per case; ``result_bytes`` for those of the cases left, at ``bytes_per_voxel``, before compression
     free_bytes : where the results would go
     timed : id -> seconds that the case took, for the case of median size and the largest; and ``untimed``, id -> why
         that case could not be timed
-    seconds : for all cases on ``workers``, after these two; None without times
+    seconds : for all cases that are left, on ``workers``; None without times
     """
 
     cases: int
     source: str
     faults: Mapping[str, str]
+    standing: Mapping[Standing, int]
+    left: int
+    retry: bool
     missing: Mapping[str, tuple[str, ...]]
     twice: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...]
@@ -62,6 +73,7 @@ class Plan:
     folders_measured: int | None
     voxels: int | None
     headers_read: int
+    voxels_left: int | None
     labels: Mapping[str, int]
     groups: Mapping[str, Mapping[str, int]]
     maps: int
@@ -75,7 +87,7 @@ class Plan:
     @property
     def result_bytes(self) -> int | None:
         """What the maps would take without compression; files are gzipped and end up smaller."""
-        return None if self.voxels is None else math.ceil(self.voxels * self.maps * self.bytes_per_voxel)
+        return None if self.voxels_left is None else math.ceil(self.voxels_left * self.maps * self.bytes_per_voxel)
 
     def describe(self) -> dict[str, Any]:
         """As plain data."""
@@ -94,10 +106,24 @@ class Plan:
             f"  and {len(self.faults) - _SHOWN} more" if len(self.faults) > _SHOWN else "",
             f"{len(lost)} more name files that are not there: {several(lost)}" if lost else "",
             f"the same scan in several cases: {several([' = '.join(ids) for ids in self.twice])}" if self.twice else "",
+            self._there(),
             *self.notes,
             _counts("label", self.labels),
             *(_counts(column, values) for column, values in self.groups.items()),
         ]
+
+    def _there(self) -> str:
+        """What of an earlier run is there, and what becomes of it."""
+        if not self.standing.keys() - {"new"}:
+            return ""
+        faulty = "tried again" if self.retry else "left so: --retry-failed tries them again"
+        told: dict[Standing, str] = {
+            "done": "done and kept",
+            "changed": "done again, since what they depend on has changed",
+            "faulty": f"refused or failed before, and as they were ({faulty})",
+            "new": "new",
+        }
+        return "; ".join(f"{self.standing[one]} {words}" for one, words in told.items() if one in self.standing)
 
     def _size(self) -> list[str]:
         how = f" (from {self.folders_measured} DICOM folders)" if self.folders_measured else ""
@@ -105,13 +131,15 @@ class Plan:
         return [f"scans: {_bytes(self.bytes)}{how}{voxels}"]
 
     def _space(self) -> list[str]:
+        if not self.left:
+            return ["nothing is left to do"]
         if self.result_bytes is None:
             return [
                 f"results: {self.maps} maps per case; their size is not known, and {_bytes(self.free_bytes)} are free"
             ]
         short = " - NOT ENOUGH unless they compress well" if self.result_bytes > self.free_bytes else ""
         return [
-            f"results: {self.maps} maps per case, at most {_bytes(self.result_bytes)} in all; "
+            f"results: {self.maps} maps per case, at most {_bytes(self.result_bytes)} in all{self._of_left()}; "
             f"{_bytes(self.free_bytes)} are free{short}"
         ]
 
@@ -121,7 +149,10 @@ class Plan:
             return lines
         timed = " and ".join(f"{case} {seconds:.3g} s" for case, seconds in self.timed.items())
         workers = f"{self.workers} workers" if self.workers > 1 else "1 worker"
-        return [*lines, f"time: about {_duration(self.seconds)} with {workers}; timed: {timed}"]
+        return [*lines, f"time: about {_duration(self.seconds)} with {workers}{self._of_left()}; timed: {timed}"]
+
+    def _of_left(self) -> str:
+        return "" if self.left == self.cases - len(self.faults) else f" for the {self.left} cases that are left"
 
 
 def plan(
@@ -131,6 +162,8 @@ def plan(
     bytes_per_voxel: float = 4.0,
     workers: int = 1,
     time_case: Callable[[Case], float] | None = None,
+    standing: Mapping[str, Standing] | None = None,
+    retry: bool = False,
 ) -> Plan:
     """What a run over the cases ``found`` would do.
 
@@ -140,13 +173,18 @@ def plan(
     maps : per case, each of the scan's own voxels
     bytes_per_voxel : of a map
     workers : cases that are done at a time
-    time_case : does a case and returns the seconds it took.  Two are timed: that of median size in bytes and the
-        largest.  Time is taken to grow linearly with size between them; a VolsalError is noted
+    time_case : does a case and returns the seconds it took.  Of what is left two are timed: that of median size in
+        bytes and the largest.  Time is taken to grow linearly with size between them; a VolsalError is noted
+    standing : id -> what earlier runs left of the case; nothing where it is not named
+    retry : whether cases with a fault that would only happen again are tried again
     """
     sizes, measured = _sizes(found.cases)
     voxels, read = _voxels_of(found.cases)
     sound = [case for case in found.cases.values() if not case.fault]
-    timed, untimed = _timed(sorted(sound, key=lambda case: sizes[case.id]), time_case)
+    stands = {case.id: (standing or {}).get(case.id, "new") for case in sound}
+    kept = {"done"} if retry else {"done", "faulty"}
+    left = {case.id: case for case in sound if stands[case.id] not in kept}
+    timed, untimed = _timed(sorted(left.values(), key=lambda case: sizes[case.id]), time_case)
     columns = dict.fromkeys(column for case in found.cases.values() for column in case.groups)
     labelled = any(case.label for case in found.cases.values())
     missing = {case.id: tuple(str(path) for path in _files(case) if not exists(path)) for case in found.cases.values()}
@@ -154,6 +192,9 @@ def plan(
         len(found.cases),
         found.source,
         {case.id: case.fault for case in found.cases.values() if case.fault},
+        dict(Counter(stands.values())),
+        len(left),
+        retry,
         {case: paths for case, paths in missing.items() if paths},
         _twice(found.cases.values()),
         found.notes,
@@ -161,6 +202,7 @@ def plan(
         measured,
         voxels,
         read,
+        voxels if len(left) == len(found.cases) else _voxels_of(left)[0],
         _count(case.label or "" for case in found.cases.values()) if labelled else {},
         {column: _count(case.groups.get(column, "") for case in found.cases.values()) for column in columns},
         maps,
@@ -169,7 +211,7 @@ def plan(
         workers,
         timed,
         untimed,
-        _seconds(timed, sizes, [case.id for case in sound], workers),
+        _seconds(timed, sizes, list(left), workers),
     )
 
 

@@ -29,7 +29,8 @@ def recipe_of(config: Config, explainer: Explainer, result_version: int) -> dict
     return {
         "result_version": result_version,
         "weights": explainer.weights_sha256,
-        "model": config.model.model_dump(exclude={"weights", "device"}),
+        # Of a bundle the weights and its files tell, wherever it lies.
+        "model": config.model.model_dump(exclude={"weights", "device", "bundle"}),
         "preprocess": repr(config.preprocess),
         "methods": [explainer.names, [repr(method) for method in explainer.methods]],
         "per_channel": config.per_channel,
@@ -38,17 +39,18 @@ def recipe_of(config: Config, explainer: Explainer, result_version: int) -> dict
         "alignment": [explainer.align.id, repr(sorted(explainer.alignments.items(), key=repr))],
         "scans": config.scans.reading() if config.scans else None,
         "maps": config.maps.model_dump(),
-        "code": _code(config),
+        "code": _code(config, explainer),
         # Both change a result's last bits.
         "threads": torch.get_num_threads(),
         "device": torch.device(config.model.device).type,
     }
 
 
-def _code(config: Config) -> dict[str, str]:
-    """Digests of the user's own code: the files that the config names, and what these import from beside them."""
-    found = _modules(config)
-    digests = {file: file_digest(file) for file in found}
+def _code(config: Config, explainer: Explainer) -> dict[str, str]:
+    """Digests of what is not volsal's: the files that the config names, what these import, and a bundle's own."""
+    bundle = explainer.bundle.files if explainer.bundle else ()
+    found = _modules(config) | {file for file in bundle if file.suffix == ".py"}
+    digests = {file: _digest(file) for file in found}
     for file, digest in digests.items():
         if _LOADED.setdefault(file, digest) != digest:
             raise ConfigError(
@@ -58,7 +60,13 @@ def _code(config: Config) -> dict[str, str]:
     if config.model.file:  # an exported program, which is read each time
         file = config.folder / config.model.file
         digests[file.resolve()] = file_digest(file)
+    digests |= {file: _digest(file) for file in bundle}
     return {f"{number} {file.name}": digests[file] for number, file in enumerate(sorted(digests))}
+
+
+def _digest(file: Path) -> str:
+    """Of a text; other than a scan, it may be empty."""
+    return sha256(file.read_bytes()).hexdigest()
 
 
 def _modules(config: Config) -> set[Path]:

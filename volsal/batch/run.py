@@ -23,18 +23,21 @@ import numpy as np
 
 from volsal.batch.attempts import Attempts
 from volsal.batch.cases import cases_of
+from volsal.batch.earlier import Earlier, Standing
 from volsal.batch.engine import Dask, Engine, Here, without_devices
-from volsal.batch.lock import Holder, locked
+from volsal.batch.lock import locked
 from volsal.batch.plan import Plan
 from volsal.batch.plan import plan as plan_of
 from volsal.batch.recipe import recipe_of
 from volsal.batch.worker import IN_WORK, Job, Outcome
 from volsal.config import Config, ConfigError
+from volsal.environment import environment
 from volsal.errors import VolsalError
-from volsal.explain import Explainer, Progress, environment
+from volsal.explain import Explainer, Progress
 from volsal.explanation import RESULT_VERSION
 from volsal.run_folder import RunFolder
 from volsal.scans.find import Case
+from volsal.scans.scan import ScanError
 from volsal.scans.write import WriteError, require_writable
 
 Told = Callable[[str], None]
@@ -98,6 +101,7 @@ class Run:
     time_limit : minutes that one case may take in each stage; in place of the config's
     retry_failed : try cases again that an earlier run refused or failed, and that are as they were
     dashboard : serve Dask's dashboard, for ``workers``
+    trust_bundle : let the model's bundle run its own code (see :func:`volsal.load_bundle`), in every process
 
     Raises
     ------
@@ -118,6 +122,7 @@ class Run:
         time_limit: float | None = None,
         retry_failed: bool = False,
         dashboard: bool = False,
+        trust_bundle: bool = False,
     ) -> None:
         if config.scans is None:
             raise ConfigError(f"{config.path}: scans: missing; a run needs 'scans: {{folder: ...}}'")
@@ -144,13 +149,15 @@ class Run:
             60 * minutes,
             config.batch.attempts,
             retry_failed,
+            trust_bundle=trust_bundle,
         )
-        self.taken_over: Holder | None = None
         self.stopped_by: str | None = None
         self._stopping = threading.Event()
 
     def plan(self) -> Plan:
-        """What the run would do; two cases are explained for their time, into a folder that is then removed.
+        """What the run would do, by the keys that it would go by itself.
+
+        Two cases are explained for their time, into a folder that is then removed.
 
         Raises
         ------
@@ -179,7 +186,9 @@ class Run:
 
         width = np.dtype(self.config.maps.stored_as).itemsize
         count = len(explainer.methods) * len(explainer.targets)
-        return plan_of(self.found, self.folder.path, count, width, self.workers, timed)
+        earlier = Earlier(self.folder, recipe_of(self.config, explainer, RESULT_VERSION), explainer.files_for)
+        standing = {case.id: _standing(earlier, case) for case in self.cases.values() if not case.fault}
+        return plan_of(self.found, self.folder.path, count, width, self.workers, timed, standing, retry=self.job.retry)
 
     def _require_apart(self) -> None:
         """Raise ConfigError where a case's results would go into a folder that its scan lies in, or is."""
@@ -226,9 +235,9 @@ class Run:
         self._stopping.clear()
         self.stopped_by = None
         require_writable(self.folder.path)
-        with locked(self.folder.path) as self.taken_over, self._signals(told):
-            if self.taken_over:
-                told(f"the last run in this folder did not end by itself ({self.taken_over}); taking it up")
+        with locked(self.folder.path) as left_behind, self._signals(told):
+            if left_behind:
+                told(f"the last run in this folder did not end by itself ({left_behind}); taking it up")
             for case, deaths in Attempts(self.folder.path).suspects().items():
                 if deaths.alone:
                     told(f"{case}: processes died over this case, {deaths.alone} with no other beside it; it goes last")
@@ -308,6 +317,7 @@ class Run:
                 "config_file": str(self.config.path),
                 "methods": explainer.names,
                 "weights_sha256": explainer.weights_sha256,
+                "bundle": explainer.bundle.describe() if explainer.bundle else None,
                 "result_version": RESULT_VERSION,
                 "cases": len(self.cases),
                 "notes": list(self.found.notes),
@@ -337,3 +347,10 @@ class Run:
     def collect(self) -> Path:
         """``cases.csv``, made of what the case folders say."""
         return self.folder.collect()
+
+
+def _standing(earlier: Earlier, case: Case) -> Standing:
+    try:
+        return earlier.of(case).standing
+    except ScanError:  # of a file that cannot be read: the run would say so, and no longer hold what there is
+        return "changed"

@@ -25,16 +25,16 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 
-from volsal.batch.attempts import Attempts, Deaths
-from volsal.batch.recipe import key_of, recipe_of
+from volsal.batch.attempts import Attempts
+from volsal.batch.earlier import Earlier, Left, digests_of
+from volsal.batch.recipe import recipe_of
 from volsal.config import Config
 from volsal.errors import VolsalError
 from volsal.explain import PARTIAL, Answer, Explainer, Progress, Ready
 from volsal.explanation import RESULT_VERSION, TakenError
-from volsal.run_folder import CASE_FILE, FAULT_FILE, Fault, RunFolder, one_line
+from volsal.run_folder import Fault, RunFolder, one_line
 from volsal.scans import ScanError, read_case
 from volsal.scans.find import SUFFIXES, Case, without_uids
-from volsal.scans.scan import file_digest
 from volsal.scans.write import WriteError
 
 # Cases that are in work at once: one in each stage.
@@ -113,6 +113,7 @@ class Job:
     retry : whether cases that an earlier run refused or failed are tried again as they are
     recipe : what every result depends on (see :func:`volsal.batch.recipe.recipe_of`), as the process that began the
         run saw it; the others must see the same
+    trust_bundle : whether the user lets the model's bundle run its own code
     """
 
     config: Config
@@ -125,6 +126,7 @@ class Job:
     attempts: int = 6
     retry: bool = False
     recipe: Mapping[str, Any] | None = None
+    trust_bundle: bool = False
 
     @property
     def partial(self) -> Path:
@@ -135,7 +137,13 @@ class Job:
         """The config's explainer, with the run's thread count set in this process."""
         torch.set_num_threads(self.threads)
         return Explainer.from_config(
-            self.config, self.methods, self.targets, self.alignment, progress=progress, keep=keep
+            self.config,
+            self.methods,
+            self.targets,
+            self.alignment,
+            progress=progress,
+            keep=keep,
+            trust_bundle=self.trust_bundle,
         )
 
 
@@ -152,6 +160,7 @@ class Worker:
         self.explainer = explainer or job.explainer(keep=job.partial)
         self.recipe = recipe_of(job.config, self.explainer, RESULT_VERSION)
         self._require_same_recipe()
+        self.earlier = Earlier(self.folder, self.recipe, self.explainer.files_for)
         # A read that hangs is left alone; what hangs elsewhere holds the model, or the disk.
         self._stages = {name: _Stage(name, holds=name != "read") for name in ("read", "compute", "write")}
         self._room = _Room()
@@ -172,13 +181,10 @@ class Worker:
         for stage in self._stages.values():
             stage.require_free()
         clock = time.monotonic()
-        before = self.attempts.of(case.id)
-        with self._room.alone() if before else self._room.beside_others():
-            self.attempts.begin(case.id, before)
-            try:
-                outcome = self._guarded(case, before)
-            finally:
-                self.attempts.end(case.id)
+        try:
+            outcome = self._guarded(case)
+        finally:
+            self.attempts.end(case.id)
         return replace(outcome, seconds=time.monotonic() - clock, worker=self.name)
 
     def close(self) -> None:
@@ -195,21 +201,14 @@ class Worker:
                     f"the same files below {self.job.config.folder}, and the same volsal?"
                 )
 
-    def _guarded(self, case: Case, before: Deaths) -> Outcome:
+    def _guarded(self, case: Case) -> Outcome:
         """The case's outcome, whatever happens; a fault is written into its folder."""
         try:
             if case.fault:
                 raise ScanError(f"{case.paths[0]}: {case.fault}" if case.paths else case.fault)
-            digests = self._in("read", partial(_digests, case)) if self._is_known(case) else None
-            earlier = self._earlier(case, self._key(case, digests)) if digests else None
-            if earlier:
-                return earlier
-            if before.alone >= self.job.attempts:
-                raise _WorkerLostError(
-                    f"{before.alone} processes died over this case with no other beside it; it is not tried again "
-                    "(--retry-failed does)"
-                )
-            return self._done(case, digests)
+            left = self._in("read", partial(self.earlier.of, case))
+            # Before it is noted as begun: nothing of the case's own runs, and there may be thousands that are kept.
+            return self._kept(case, left) or self._begun(case, left.digests)
         except (WriteError, StuckError) as error:
             if isinstance(error, WriteError) and self._is_of_one_case(error):
                 return self._fault(case, error)
@@ -252,25 +251,27 @@ class Worker:
             clocks[stage] = round(seconds, 4)
         return value
 
-    def _is_known(self, case: Case) -> bool:
-        """Whether an earlier run may have made something of the case."""
-        return any((self.job.folder / case.id / name).exists() for name in (CASE_FILE, FAULT_FILE))
-
-    def _key(self, case: Case, digests: list[str]) -> str:
-        others = [*self.explainer.files_for(case.id), *(v for v in case.given.values() if isinstance(v, Path))]
-        return key_of(self.recipe, digests, others, case.given)
-
-    def _earlier(self, case: Case, key: str) -> Outcome | None:
-        """What an earlier run made of the same inputs and settings."""
-        record = self.folder.record(case.id)
-        if record and record["provenance"].get("key") == key and self.folder.is_whole(case.id, record):
+    def _kept(self, case: Case, left: Left) -> Outcome | None:
+        """What an earlier run made of the same inputs and settings; None where the case is to be done."""
+        if record := left.record:
             self.folder.clear(case.id)
             maps = tuple((entry["name"], entry["target"], entry["status"]) for entry in record["maps"])
             return Outcome(case.id, case.paths[0], "kept", maps=maps, notes=tuple(record["notes"]))
-        fault = self.folder.fault(case.id)
-        if fault and fault.key == key and not self.job.retry:
+        if (fault := left.fault) and not self.job.retry:
             return Outcome(case.id, case.paths[0], fault.status, fault.code, fault.reason, fault.trace, again=True)
         return None
+
+    def _begun(self, case: Case, digests: list[str] | None) -> Outcome:
+        """The case done, noted as in work: should the process die, it did so over it."""
+        before = self.attempts.of(case.id)
+        if before.alone >= self.job.attempts:
+            raise _WorkerLostError(
+                f"{before.alone} processes died over this case with no other beside it; it is not tried again "
+                "(--retry-failed does)"
+            )
+        with self._room.alone() if before else self._room.beside_others():
+            self.attempts.begin(case.id, before)
+            return self._done(case, digests)
 
     def _read(self, case: Case, before: list[str] | None) -> tuple[Ready, str]:
         """What the model will see, and the result's key, made of the very bytes that were read."""
@@ -278,12 +279,12 @@ class Worker:
         files = [one for one in (scan, *scan.further) if one.path and one.path.name.lower().endswith(SUFFIXES)]
         read = [one.sha256 for one in files if one.sha256]
         if len(read) != len(case.paths):  # folders of DICOM files, several volumes of one file
-            read = before or _digests(case)
+            read = before or digests_of(case)
         if before and read != before:
             raise ChangedError(f"{scan}: changed while it was being read; run again when nothing writes to it")
         ready = self.explainer.prepare(scan, case.id, **self._reading)
         # Three scans are in work at a time.
-        return ready if self.explainer.draws else ready.without_voxels(), self._key(case, read)
+        return ready if self.explainer.draws else ready.without_voxels(), self.earlier.key(case, read)
 
     def _answer(self, case: Case, ready: Ready, lean: bool) -> Answer:
         return self.explainer.answer(ready, given=case.given or None, lean=lean)
@@ -318,7 +319,7 @@ class Worker:
             return ""
         try:
             # With the stage's time limit: what hung once, as a file server does, would hang again.
-            return self._key(case, self._in("read", partial(_digests, case)))
+            return self.earlier.key(case, self._in("read", partial(digests_of, case)))
         except (VolsalError, OSError):
             return ""
 
@@ -354,10 +355,6 @@ def is_out_of_memory(error: BaseException) -> bool:
             return True
         seen = seen.__cause__ or seen.__context__
     return False
-
-
-def _digests(case: Case) -> list[str]:
-    return [file_digest(path) for path in case.paths]
 
 
 def _scan_of(case: Case) -> Path:

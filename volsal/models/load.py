@@ -6,6 +6,7 @@ tried again in an unsafe way.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import pickle
 import warnings
@@ -63,12 +64,24 @@ def load_model(
     elif ":" in str(source):
         model = _build(str(source), dict(arguments or {}), folder)
         if weights is not None:
-            path = _existing(base / weights)
-            _fill(model, read_weights(path), path)
+            return filled(model, base / weights).eval()
     else:
         raise ModelError(_refusal(str(source), base / source))
     _require_finite(model, source)
     return model.eval()
+
+
+def filled(model: nn.Module, weights: Path) -> nn.Module:
+    """``model`` with the weights of that file in it; see :func:`load_model`."""
+    path = _existing(weights)
+    _fill(model, read_weights(path), path)
+    _require_finite(model, path)
+    return model
+
+
+def with_weights(model: nn.Module, weights: str | Path, folder: Path | None = None) -> nn.Module:
+    """A copy of a model with other weights, such as those of another training; ModelError as for :func:`load_model`."""
+    return filled(copy.deepcopy(model), (folder or Path()) / weights)
 
 
 def _existing(path: Path) -> Path:
@@ -80,8 +93,8 @@ def _existing(path: Path) -> Path:
 def _refusal(source: str, path: Path) -> str:
     if path.is_dir() or source.endswith(".zip"):
         return (
-            f"{source}: a model bundle is a program (its config names code to run, which takes trust), so volsal does "
-            f"not run it; {_WAY}"
+            f"{source}: a folder or archive; where it is a MONAI bundle, unpack it and name its folder in the config, "
+            f"model: {{bundle: FOLDER}} (Python: volsal.load_bundle); otherwise {_WAY}"
         )
     if path.is_file() and not path.stat().st_size:
         return f"{source}: the file is empty; fetch it again"

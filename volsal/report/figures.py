@@ -39,6 +39,8 @@ _INK, _QUIET, _CROSSHAIR, _MARK, _WARNING = "#111111", "#5c5c5c", "#7fd4ff", "#3
 # A mark further from a plane than this is drawn dashed: it lies in front of the picture or behind it.
 _ON_PLANE_MM = 5.0
 _RING_MM = 6.0
+# Names come from files and users, and a pair of dollar signs in one is no formula.
+_AS_IT_STANDS: dict[str, Any] = {"parse_math": False}
 
 
 class Row(NamedTuple):
@@ -130,12 +132,12 @@ def _words(figure: Figure, view: _View, title: str, legend: str) -> None:
     inch = 1 / figure.get_figheight()
     left = 0.12 / figure.get_figwidth()
     if title:
-        figure.text(left, 1 - 0.1 * inch, title, fontsize=11, weight="bold", color=_INK, va="top")
+        figure.text(left, 1 - 0.1 * inch, title, fontsize=11, weight="bold", color=_INK, va="top", **_AS_IT_STANDS)
     x, y, z = view.point
     cut = f"cut at ({x:.1f}, {y:.1f}, {z:.1f}) mm, scanner RAS+"
     notes = [note for note in (in_words(view.convention), view.upright.note, cut, legend) if note]
     text = "\n".join(_flow(notes, figure.get_figwidth() - 0.24))
-    figure.text(left, 0.1 * inch, text, fontsize=8, color=_QUIET, va="bottom")
+    figure.text(left, 0.1 * inch, text, fontsize=8, color=_QUIET, va="bottom", **_AS_IT_STANDS)
 
 
 def _flow(notes: Sequence[str], inches: float) -> list[str]:
@@ -165,7 +167,7 @@ def montage(rows: Sequence[Row], path: Path | None = None, *, convention: str = 
     windows = {limits(window, window[0] < 0) for row in rows for _, _, window in row.maps}
     shared = windows.pop() if len(windows) == 1 else None
     for axes, name in zip(grid[0], ["scan", *names], strict=True):
-        axes.set_title(name, fontsize=10, weight="bold", color=_INK, pad=6)
+        axes.set_title(name, fontsize=10, weight="bold", color=_INK, pad=6, **_AS_IT_STANDS)
     for cells, row in zip(grid, rows, strict=True):
         _montage_row(cells, names, row, convention, numbers=shared is None)
         _row_label(cells[0], row)
@@ -405,7 +407,7 @@ def _colour_bar(axes: Axes, window: tuple[float, float], signed: bool, unit: str
     axes.set_yticks(ticks, [f"{tick:.3g}" for tick in ticks], fontsize=9, color=_INK)
     axes.tick_params(length=3, color=_INK)
     if unit:
-        axes.set_title("\n".join(wrap(unit, 12)), fontsize=9, color=_INK, loc="left", pad=10)
+        axes.set_title("\n".join(wrap(unit, 12)), fontsize=9, color=_INK, loc="left", pad=10, **_AS_IT_STANDS)
 
 
 def _row_label(axes: Axes, row: Row) -> None:
@@ -414,7 +416,7 @@ def _row_label(axes: Axes, row: Row) -> None:
     upright = Upright(row.scan.grid)
     if upright.oblique:
         note = [*note, f"{upright.degrees:.1f}° oblique"]
-    place: dict[str, Any] = {"transform": axes.transAxes, "ha": "right", "va": "top"}
+    place: dict[str, Any] = {"transform": axes.transAxes, "ha": "right", "va": "top", **_AS_IT_STANDS}
     axes.text(-0.06, 0.98, "\n".join(label), fontsize=9, weight="bold", color=_INK, **place)
     axes.text(-0.06, 0.96 - 0.1 * len(label), "\n".join(note), fontsize=7, color=_QUIET, **place)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import shutil
 from base64 import b64encode
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -24,11 +24,11 @@ from volsal.display import colours, limits, scan_window, verdict
 from volsal.errors import VolsalError
 from volsal.grid import Grid
 from volsal.report.markup import render, whole_page
-from volsal.report.sections import SECTIONS, Case, Overview, Page, cases_of, map_name
+from volsal.report.sections import SECTIONS, Case, Overview, Page, Scale, cases_of, map_name, scales_of
 from volsal.report.volumes import MOST_VOXELS, Coded, Shown, coded, thumbnail
 from volsal.run_folder import RunFolder
 from volsal.scans.labels import read_labels
-from volsal.scans.scan import ScanError, file_digest, read_scan
+from volsal.scans.scan import ScanError, read_scan
 from volsal.scans.write import replacing
 
 # Browsers refuse texts of half a gigabyte and more, and are slow long before that.
@@ -81,10 +81,12 @@ def write_report(
     pages = {}
     done = [case for case in cases if case.record is not None]
     places = [home.place(number, case.id) for number, case in enumerate(done, 1)]
+    scales = scales_of(cases)
     for number, case in enumerate(done):
         before, after = (places[n] if 0 <= n < len(done) else None for n in (number - 1, number + 1))
-        body, pictures = _case_page(folder, case, scans, places[number], before, after, home.first)
-        pages[case.id] = home.add(places[number], body, pictures, case.id)
+        drawn = _drawn(folder, case, scans, scales)
+        body = _case_page(case, drawn, places[number], before, after, home.first)
+        pages[case.id] = home.add(places[number], body, drawn.pictures, case.id)
         if progress:
             progress(case.id, number + 1, len(done))
     overview = Overview(folder, folder.asked(), cases, pages)
@@ -144,13 +146,15 @@ class Folder:
         name = f"{number:04d}-{plain}" if plain else f"{number:04d}"
         return Place(name, f"cases/{name}.html", f"{name}.html")
 
-    def add(self, place: Place, body: Markup, pictures: Mapping[str, bytes], title: str) -> Page:
+    def add(self, place: Place, body: Markup, pictures: Pictures, title: str) -> Page:
         """Write a case's page and pictures."""
         text = whole_page("page.html", title=title, body=body, kind="case-page")
         _write(self.path / "cases" / f"{place.name}.html", text.encode())
-        links = {name: f"pictures/{place.name}-{number}.png" for number, name in enumerate(pictures, 1)}
-        for name, link in links.items():
-            _write(self.path / link, pictures[name])
+        links: dict[str, dict[Scale, str]] = {}
+        for number, (name, each) in enumerate(pictures.items(), 1):
+            links[name] = {scale: f"pictures/{place.name}-{number}-{scale}.png" for scale in each}
+            for scale, picture in each.items():
+                _write(self.path / links[name][scale], picture)
         return Page(place.link, links)
 
     def finish(self, first: Markup, title: str) -> Path:
@@ -180,7 +184,7 @@ class OneFile:
         name = f"case-{number:04d}"
         return Place(name, f"#{name}", f"#{name}")
 
-    def add(self, place: Place, body: Markup, pictures: Mapping[str, bytes], title: str) -> Page:
+    def add(self, place: Place, body: Markup, pictures: Pictures, title: str) -> Page:
         """Keep a case's part for later."""
         self.size += len(body)
         if self.size > _MOST_IN_ONE_FILE:
@@ -189,7 +193,10 @@ class OneFile:
                 "opens in one file; leave --single out"
             )
         self.bodies.append(body)
-        links = {name: f"data:image/png;base64,{b64encode(picture).decode()}" for name, picture in pictures.items()}
+        links = {
+            name: {scale: f"data:image/png;base64,{b64encode(one).decode()}" for scale, one in each.items()}
+            for name, each in pictures.items()
+        }
         return Page(place.link, links)
 
     def finish(self, first: Markup, title: str) -> Path:
@@ -200,6 +207,8 @@ class OneFile:
 
 
 Home = Folder | OneFile
+Pictures = Mapping[str, Mapping[Scale, bytes]]
+Scales = Mapping[str, tuple[float, float]]
 
 
 def _ours(page: Path) -> bool:
@@ -218,18 +227,22 @@ def _write(path: Path, content: bytes) -> None:
 # A case
 
 
-def _case_page(
-    run: RunFolder, case: Case, scans: Path | None, place: Place, before: Place | None, after: Place | None, first: str
-) -> tuple[Markup, dict[str, bytes]]:
-    """The part of the page that tells of one case, and small pictures of its maps by their names."""
+def _drawn(run: RunFolder, case: Case, scans: Path | None, scales: Scales) -> Drawn:
+    """The case's scan, maps and masks."""
     record = cast(Mapping[str, Any], case.record)
-    drawn = Drawn(record)
+    drawn = Drawn(record, scales)
     drawn.add_scan(_find(record["scan"]["path"], scans), _series(run))
     for entry in record["maps"]:
         drawn.add_map(entry, run / case.id / Path(entry["file"]).name)
     for name, path in (case.about.get("masks") or {}).items():
         drawn.add_mask(name, Path(path))
-    body = render(
+    return drawn
+
+
+def _case_page(case: Case, drawn: Drawn, place: Place, before: Place | None, after: Place | None, first: str) -> Markup:
+    """The part of the page that tells of one case."""
+    record = drawn.record
+    return render(
         "case.html",
         case=case,
         record=record,
@@ -247,7 +260,6 @@ def _case_page(
         after=after,
         first=first,
     )
-    return body, drawn.pictures
 
 
 class Drawn:
@@ -258,12 +270,13 @@ class Drawn:
     shown : which of the scan's voxels
     scan : (I, J, K); None where it is not to be had
     abouts, volumes : of each layer of the viewer, its description and its voxels
-    pictures : by name of map, three planes through its peak, as PNG
+    pictures : by name of map and scale of colours, three planes through its peak, as PNG
     missing : what is not drawn and why, in words
     """
 
-    def __init__(self, record: Mapping[str, Any]) -> None:
+    def __init__(self, record: Mapping[str, Any], scales: Scales) -> None:
         self.record = record
+        self._scales = scales
         self.grid = Grid(record["scan"]["shape"], record["scan"]["affine"])
         self.shown = Shown(self.grid)
         self.scan: NDArray | None = None
@@ -272,7 +285,7 @@ class Drawn:
         self.volumes: list[Coded] = []
         self.missing: list[str] = []
         self._start_mm: Any = None
-        self.pictures: dict[str, bytes] = {}
+        self.pictures: dict[str, dict[Scale, bytes]] = {}
 
     def add_scan(self, path: Path | None, series: str | None) -> None:
         """The scan as the run read it, from its file."""
@@ -282,12 +295,12 @@ class Drawn:
             return
         form = about["form"] if about["form"] in ("sform", "qform") else None
         try:
-            if file_digest(path) != about["sha256"]:
-                self.missing.append("the scan is not shown: its file has changed since the run")
-                return
             scan = read_scan(
                 path, about["volume"], form=form, nan=about.get("nan"), series=series, slices=about.get("slices")
             )
+            if scan.sha256 != about["sha256"]:
+                self.missing.append("the scan is not shown: its file has changed since the run")
+                return
             self.grid.require_same(scan.grid)
         except VolsalError as error:
             self.missing.append(f"the scan is not shown: {error}")
@@ -317,9 +330,11 @@ class Drawn:
             self._start_mm = entry["peak_mm"]
         upright = self.shown.upright
         at = entry["peak_mm"] or upright.centre
-        self.pictures[map_name(entry)] = thumbnail(
-            upright, self.scan, self.grey, values, entry["window"], entry["signed"], at
-        )
+        ends: dict[Scale, Sequence[float]] = {"same": self._scales[map_name(entry)], "own": entry["window"]}
+        self.pictures[map_name(entry)] = {
+            scale: thumbnail(upright, self.scan, self.grey, values, window, entry["signed"], at)
+            for scale, window in ends.items()
+        }
 
     def add_mask(self, name: str, path: Path) -> None:
         """A mask, from a label map's file: what is not 0."""

@@ -9,12 +9,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+import numpy as np
+
+from volsal.display import limits
 from volsal.grid import Grid, GridError
 from volsal.run_folder import CASE_FILE, Fault, RunFolder, State
 
 Kind = Literal["text", "number", "choice"]
+# Of a case's small pictures: one colour scale for all cases, by which they can be compared, or each its own.
+Scale = Literal["same", "own"]
+# So many of a map's cases, in percent, reach no further than the scale for all of them; an outlier must not dim it.
+_WITHIN = 90
 # Column of choices with more of them than this are searched by text instead.
 _MOST_CHOICES = 40
 # Suspicious scans that are told with their reasons; the table of cases can be sorted by the weight of all of them.
@@ -52,11 +59,12 @@ class Page:
     Attributes
     ----------
     link : to it, from the first page
-    pictures : by the name of a map, where its small picture is, or the picture itself as a data address
+    pictures : by the name of a map and the scale of its colours, where its small picture is, or the picture itself as a
+        data address
     """
 
     link: str
-    pictures: Mapping[str, str]
+    pictures: Mapping[str, Mapping[Scale, str]]
 
 
 @dataclass(frozen=True)
@@ -109,6 +117,11 @@ class Overview:
         """Names of the run's maps, in the order of its methods and targets."""
         return list(dict.fromkeys(map_name(entry) for record in self.records for entry in record["maps"]))
 
+    @property
+    def scales(self) -> Mapping[str, tuple[float, float]]:
+        """Of each map's pictures, the limits of the colour scale for all cases."""
+        return scales_of(self.cases)
+
 
 @dataclass(frozen=True)
 class Section:
@@ -129,6 +142,23 @@ def cases_of(run: RunFolder) -> list[Case]:
     """Every case of the run with what is known of it."""
     inputs = run.inputs()
     return [_case(run, case, inputs.get(case, {})) for case in run.cases()]
+
+
+def scales_of(cases: Sequence[Case]) -> dict[str, tuple[float, float]]:
+    """By the name of a map, limits of one colour scale for all cases; maps that point nowhere do not count."""
+    entries = [entry for case in cases if case.record for entry in case.record["maps"]]
+    found: dict[str, list[tuple[float, float]]] = {map_name(entry): [] for entry in entries}
+    for entry in entries:
+        if entry["status"] == "ok":
+            found[map_name(entry)].append(limits(entry["window"], entry["signed"]))
+    return {name: _shared(ends) for name, ends in found.items()}
+
+
+def _shared(ends: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    if not ends:
+        return 0.0, 1.0
+    top = float(np.percentile([high for _, high in ends], _WITHIN, method="higher"))
+    return (-top if ends[0][0] < 0 else 0.0), top
 
 
 def _case(run: RunFolder, case: str, about: Mapping[str, Any]) -> Case:
@@ -205,13 +235,33 @@ def audit(overview: Overview) -> dict[str, Any] | None:
     if not found:
         return None
     links = {case: page.link for case, page in overview.pages.items()}
+    questions = [found, *found.get("further", ())]
     return {
-        "verdicts": found["verdicts"],
-        "metrics": [(method, sorted(figures.items())) for method, figures in found["metrics"].items() if figures],
+        "questions": [_question(one, found.get("parts", ()), links) for one in questions],
+        "limits": found.get("limits", ()),
+    }
+
+
+def _question(found: Mapping[str, Any], parts: Sequence[Mapping[str, Any]], links: Mapping[str, str]) -> dict[str, Any]:
+    """What the audit found of one target, its verdicts under the parts of the audit that they belong to."""
+    known = {part["id"] for part in parts}
+    rest = [one for one in found["verdicts"] if one.get("part") not in known]
+    told = [{**part, "verdicts": [one for one in found["verdicts"] if one.get("part") == part["id"]]} for part in parts]
+    return {
+        "target": found.get("target"),
+        "parts": [*told, *([{"title": "Verdicts", "headings": {}, "verdicts": rest}] if rest else [])],
+        "metrics": [
+            (method, [(name, {"nulls": {}, **one}) for name, one in figures.items()])
+            for method, figures in found["metrics"].items()
+            if figures
+        ],
+        "agreement": [one["figures"]["pairs"] for one in found["verdicts"] if "pairs" in one["figures"]],
         "suspicious": [{**one, "link": links.get(one["case"])} for one in found["suspicious"][:_SUSPICIOUS]],
         "cases": len(found.get("cases", ())),
         "skipped": found.get("skipped", {}),
         "map": found.get("map"),
+        "groups": found.get("cohort", {}).get("groups", {}),
+        "left_out": Counter(found.get("cohort", {}).get("left_out", {}).values()).most_common(),
     }
 
 
@@ -241,14 +291,17 @@ def listing(overview: Overview) -> dict[str, Any]:
 
 
 def _pictures(overview: Overview, pages: Sequence[Page | None], name: str) -> dict[str, Any]:
-    """The small pictures of one map, case by case, and the windows of their colours."""
+    """The small pictures of one map, case by case, and the limits of their colours."""
     entries = _entries(overview.cases, name)
     about = next(entry for entry in entries if entry)
     return {
         "unit": about["unit"],
         "signed": about["signed"],
-        "windows": [entry and entry["window"] for entry in entries],
-        "links": [page and page.pictures.get(name) for page in pages],
+        "windows": [entry and limits(entry["window"], entry["signed"]) for entry in entries],
+        "shared": overview.scales[name],
+        "links": {
+            scale: [page and page.pictures.get(name, {}).get(scale) for page in pages] for scale in get_args(Scale)
+        },
     }
 
 
@@ -322,6 +375,7 @@ def making(overview: Overview) -> dict[str, Any]:
     """The model, the settings and the versions that made the maps."""
     config = overview.asked.get("config", {})
     model = config.get("model", {})
+    bundle = overview.asked.get("bundle") or {}
     provenance = overview.records[0]["provenance"] if overview.records else {}
     return {
         "model": {
@@ -330,7 +384,9 @@ def making(overview: Overview) -> dict[str, Any]:
             "weights": model.get("weights"),
             "weights, SHA-256": overview.asked.get("weights_sha256"),
             "model input": provenance.get("model_input", {}).get("preprocess"),
-            "classes": ", ".join(map(str, model.get("classes") or [])) or None,
+            "classes": ", ".join(map(str, model.get("classes") or bundle.get("classes") or [])) or None,
+            "bundle": " ".join(filter(None, [bundle.get("name"), bundle.get("version")])) or None,
+            "bundle's own code, trusted to run": "; ".join(bundle.get("ran", [])) or None,
         },
         "settings": {
             "methods": ", ".join(overview.asked.get("methods", [])) or None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
@@ -139,7 +140,7 @@ def thumbnail(
     scan: NDArray | None,
     grey: tuple[float, float],
     values: NDArray,
-    window: tuple[float, float],
+    window: Sequence[float],
     signed: bool,
     at_mm: ArrayLike,
     height: int = 116,
@@ -187,7 +188,7 @@ def _sampled(picture: NDArray, across: int, up: int) -> NDArray:
 
 
 def _blend(
-    scan: NDArray, grey: tuple[float, float], values: NDArray, window: tuple[float, float], signed: bool
+    scan: NDArray, grey: tuple[float, float], values: NDArray, window: Sequence[float], signed: bool
 ) -> NDArray[np.uint8]:
     base = np.clip((scan - grey[0]) / (grey[1] - grey[0]), 0, 1)[..., None]
     low, high = limits(window, signed)

@@ -131,6 +131,20 @@ def list_series(path: str | Path) -> list[Series]:
         return _listing(path)[1]
 
 
+def stack_of(path: Path, series: str | None = None) -> Stack:
+    """Where the slices of a series lie, in order; ``at`` is set where they lie unevenly.  No pixels are read.
+
+    Raises
+    ------
+    ScanError
+        As :func:`read` does.
+    """
+    _require_pydicom(path)
+    with _refusing(path):
+        frames, _ = _without_duplicates(_choose(_listing(path)[1], series).frames)
+        return arrange(frames, resample=True)
+
+
 def files(path: Path) -> list[Path]:
     """The files that can matter to the scan at ``path``, a DICOM folder or file."""
     if path.is_dir():
@@ -349,8 +363,5 @@ def digest(paths: Iterable[Path]) -> str:
 
 def _sha256_of(path: Path) -> bytes:
     """SHA-256 of one file's bytes."""
-    content = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            content.update(chunk)
-    return content.digest()
+        return hashlib.file_digest(file, "sha256").digest()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -230,12 +230,17 @@ def file_digest(path: Path) -> str:
 
         return dicom.digest(parts)
     require_regular_file(path)
-    digest = sha256()
-    for part in files_of(path):
+    digest = hashlib.sha256()
+    # What is gzipped as a whole has no second file, and need not be looked into for one.
+    for part in [path] if _is_gzip(path) else files_of(path):
         with part.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
+            hashlib.file_digest(file, lambda: digest)  # goes on with the part before
     return digest.hexdigest()
+
+
+def _is_gzip(path: Path) -> bool:
+    with path.open("rb", buffering=0) as file:
+        return path.suffix.lower() == ".gz" and file.read(2) == b"\x1f\x8b"
 
 
 def require_regular_file(path: Path) -> None:

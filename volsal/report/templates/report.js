@@ -441,6 +441,7 @@ class Listing {
     }
     this.field('text').oninput = () => this.update();
     this.field('map')?.addEventListener('change', () => this.turnMap());
+    this.field('scale')?.addEventListener('change', () => this.turnMap());
     this.field('order').onchange = event => this.orderBy(this.shown[event.target.selectedIndex], this.down);
     this.field('down').onchange = event => this.orderBy(this.order, event.target.checked);
     $('form', this.root).onsubmit = event => event.preventDefault();
@@ -450,8 +451,12 @@ class Listing {
   // Another map's columns in the table.
   turnMap() {
     const map = this.field('map')?.value ?? Object.keys(this.pictures)[0];
-    this.pictured = this.pictures[map] ?? { links: [] };
-    if (map) $('.hint .map', this.root).textContent = map;
+    const pictured = this.pictures[map], scale = this.field('scale')?.value;
+    this.pictured = pictured ? { ...pictured, same: scale === 'same', links: pictured.links[scale] } : { links: [] };
+    if (map) {
+      $('.hint .map', this.root).textContent = map;
+      $('.scale-words', this.root).replaceChildren(...this.scaleWords());
+    }
     this.shown = this.columns.filter(column => !column.map || column.map === map);
     this.order = this.shown.find(column => column.label === this.order.label) ?? this.shown[0];
     const heads = this.shown.map(column => {
@@ -505,15 +510,29 @@ class Listing {
     return this.links[row] ? element('a', { href: this.links[row] }, ...children) : element('span', {}, ...children);
   }
 
+  // What may be read from the colours.
+  scaleWords() {
+    const { same, shared } = this.pictured;
+    return same
+      ? ['One colour scale for all cases: the same colour is the same value. ', this.bar(shared)]
+      : ['Each picture has a colour scale of its own, so that a weak map looks as strong as any other.'];
+  }
+
+  bar([low, high]) {
+    const { unit, signed } = this.pictured;
+    const ramp = element('i', { className: signed ? 'ramp signed' : 'ramp' });
+    return element('span', { className: 'scale' }, number(low, 2), ramp, `${number(high, 2)} ${unit}`);
+  }
+
   card(row) {
     const of = label => this.shown.find(column => column.label === label)?.values[row];
-    const id = this.columns[0].values[row], status = of('map'), said = of('prediction'), { unit, signed, windows, links } = this.pictured;
+    const id = this.columns[0].values[row], status = of('map'), said = of('prediction'), { unit, same, shared, windows, links } = this.pictured;
     const alt = `${id}: axial, coronal and sagittal plane through the ${status === 'ok' ? "map's peak" : 'middle of the scan'}`;
     const card = element('li', {}, this.link(row, element('img', { src: links[row], alt, decoding: 'async' }), element('b', {}, element('bdi', { textContent: id }))));
     if (said) card.append(element('span', { className: 'said' }, element('bdi', { textContent: said })));
-    const [low, high] = signed ? [-windows[row][1], windows[row][1]] : windows[row];
+    const own = windows[row], beyond = own[1] > shared[1] ? ', beyond the scale' : '';
     card.append(status === 'ok'
-      ? element('span', { className: 'scale' }, number(low, 2), element('i', { className: signed ? 'ramp signed' : 'ramp' }), `${number(high, 2)} ${unit}`)
+      ? same ? element('span', { className: 'scale', textContent: `up to ${number(own[1], 2)} ${unit}${beyond}` }) : this.bar(own)
       : element('span', { className: `state ${status}`, textContent: status === 'empty' ? 'no positive evidence' : 'the same everywhere' }));
     return card;
   }
