@@ -119,6 +119,14 @@ AlignmentOption = Annotated[
         "auto is measured, or half-pixel with a note where that fails. Replaces the config's."
     ),
 ]
+TrustOption = Annotated[
+    bool,
+    typer.Option(
+        "--trust-bundle",
+        help="Let the config's MONAI bundle run its own code. Without it, a bundle that would is refused with what "
+        "that is; with it, that is printed and recorded.",
+    ),
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 FormOption = Annotated[
     Literal["sform", "qform"] | None,
@@ -224,6 +232,7 @@ def explain(
     case: Annotated[
         str | None, typer.Option(help="Name of the result; made from the file's name if not given.")
     ] = None,
+    trust_bundle: TrustOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Explain one scan: overlay volumes on its own voxels, and a JSON record beside them.
@@ -243,9 +252,16 @@ def explain(
         scan = in_order(scan, settings.scans.channels)
     reading = _reading(settings, **given, series=series, slices=slices)
     read = read_case(scan, **reading)
+    trust = _trusted(settings, trust_bundle)
     with _progress(quiet) as progress, _costs(progress):
         explainer = Explainer.from_config(
-            settings, method, target, alignment, progress=_steps(progress), keep=output / PARTIAL
+            settings,
+            method,
+            target,
+            alignment,
+            progress=_steps(progress),
+            keep=output / PARTIAL,
+            trust_bundle=trust,
         )
         require_writable(output)
         explanation = explainer(read, case_id(Path(case)) if case else None, **reading)
@@ -276,6 +292,21 @@ def _load(config: Config) -> Config:
 
         torch.set_num_threads(config.threads)
     return config
+
+
+def _trusted(config: Config, trust: bool) -> bool:
+    """The user's consent, told before anything runs what it is that runs."""
+    from volsal.explain import trusted_to_run
+
+    if not trust:
+        return False
+    if config.model.bundle is None:
+        raise typer.BadParameter(f"--trust-bundle: {config.path} names no bundle")
+    lines = trusted_to_run(config)
+    say(f"{config.model.bundle} is trusted; of its own it runs:" if lines else "nothing in the bundle needs trust", err)
+    for line in lines:
+        say(cell(f"  {line}"), err, style="yellow")
+    return True
 
 
 def _report(explanation: Explanation, home: Path) -> None:
@@ -332,6 +363,7 @@ def run(
     plan: Annotated[
         bool, typer.Option("--plan", help="Only say what would be done: cases, what is missing, space, and time.")
     ] = False,
+    trust_bundle: TrustOption = False,
     quiet: QuietOption = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the summary, or the plan, as JSON and nothing else.")
@@ -346,8 +378,9 @@ def run(
     from volsal.config import load_config
     from volsal.scans.write import WriteError
 
+    settings = _load(load_config(config))
     work = Run(
-        _load(load_config(config)),
+        settings,
         output,
         method,
         target,
@@ -357,6 +390,7 @@ def run(
         dashboard=dashboard,
         time_limit=time_limit,
         retry_failed=retry_failed,
+        trust_bundle=_trusted(settings, trust_bundle),
     )
     silent = quiet or as_json
     if plan:
@@ -615,12 +649,80 @@ def report(
 
 @app.command()
 @_explained
+def dicom(
+    path: Annotated[Path, typer.Argument(help="A run folder, or one of its case folders.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where the files go; PATH/dicom if not given.")
+    ] = None,
+    what: Annotated[
+        str, typer.Option(help="Of map (Parametric Map), region (Segmentation), picture (Secondary Capture).")
+    ] = "map,region,picture",
+    threshold: Annotated[
+        str,
+        typer.Option(help="Where the region ends: 50% of the largest value, 12ml (the highest), or 0.3 (a value)."),
+    ] = "50%",
+    identifiers: Annotated[
+        Literal["none", "source"],
+        typer.Option(
+            help="source: patient, study and UIDs as in the series, so that a PACS files the objects beside it; none: "
+            "other UIDs, and nothing of the patient."
+        ),
+    ] = "none",
+    method: Annotated[
+        list[str] | None, typer.Option("--method", "-m", help="Only maps of this name; repeat for several.")
+    ] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            help="The series' DICOM folder: where it lies now, or what a NIfTI scan was converted from. For a run, the "
+            "folder that holds one by each case's id."
+        ),
+    ] = None,
+    series: SeriesOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Write maps as DICOM on the slices of the series they were made from: for a PACS, or any DICOM viewer."""
+    from volsal.dicom_out import Settings, Threshold, case_folders, export_case, require_highdicom
+    from volsal.errors import VolsalError
+    from volsal.scans.write import WriteError
+
+    require_highdicom()
+    settings = Settings(what.split(","), Threshold.parse(threshold), identifiers, method or ())
+    folders, home = case_folders(path), output or path / "dicom"
+    alone = folders == [path]
+    files, bad = 0, 0
+    with _progress(quiet) as progress:
+        for folder in progress.track(folders, description="cases"):
+            own = source if alone or source is None else source / folder.name
+            try:
+                exported = export_case(folder, home, settings, source=own, series=series)
+            except VolsalError as error:
+                if alone or isinstance(error, WriteError):
+                    raise
+                bad += 1
+                if bad <= _REPEATS:
+                    say(cell(error), err)
+                continue
+            files += len(exported.files)
+            for note in exported.notes:
+                say(f"note: {folder.name}: {note}", style="yellow")
+    say(f"{files} files of {len(folders) - bad} cases written to {home}")
+    if files and identifiers == "none":
+        say("without the source's patient, study and UIDs; for a PACS to file them beside it: --identifiers source")
+    if bad:
+        say(f"volsal: {bad} of {len(folders)} cases have no DICOM; name one's folder to be told why", err)
+        raise typer.Exit(SOME_FAILED)
+
+
+@app.command()
+@_explained
 def audit(
     config: Annotated[Path, typer.Argument(help="YAML file with model, preprocess, scans and output; see configs/.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Run folder. Replaces the config's.")] = None,
     method: MethodOption = None,
     target: TargetOption = None,
     scans: Annotated[int | None, typer.Option(min=1, help="At most so many scans. Replaces audit.scans.")] = None,
+    trust_bundle: TrustOption = False,
     quiet: QuietOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print audit.json and nothing else.")] = False,
 ) -> None:
@@ -642,19 +744,23 @@ def audit(
     folder = output or settings.folder / str(settings.output)
     require_writable(folder)
     section = settings.audit if scans is None else settings.audit.model_copy(update={"scans": scans})
+    trust = _trusted(settings, trust_bundle)
     with _progress(quiet or as_json) as progress:
-        explainer = Explainer.from_config(settings, method, target)
+        explainer = Explainer.from_config(settings, method, target, trust_bundle=trust)
         result = audited(explainer, found.cases.values(), section, folder, _steps(progress), **_reading(settings))
     if as_json:
         print(json.dumps(result.describe(), indent=1))
         return
-    for verdict in result.verdicts:
-        say(f"{verdict.name}: {verdict.verdict}", style="bold")
-        say(f"  {verdict.words}")
-    for one in result.suspicious[:_REPEATS]:
-        say(f"look at {one.case}: {one.reason}")
-    if len(result.suspicious) > _REPEATS:
-        say(f"and at {len(result.suspicious) - _REPEATS} more, see audit.json")
+    for asked in (result, *result.further):
+        if result.further:
+            say(f"of the target {asked.about['target']}:", style="bold")
+        for verdict in asked.verdicts:
+            say(f"{verdict.name}: {verdict.verdict}", style="bold")
+            say(f"  {verdict.words}")
+        for one in asked.suspicious[:_REPEATS]:
+            say(f"look at {one.case}: {one.reason}")
+        if len(asked.suspicious) > _REPEATS:
+            say(f"and at {len(asked.suspicious) - _REPEATS} more, see audit.json")
     for case, reason in result.about["skipped"].items():
         say(f"left out: {case}: {reason}", err)
     say(f"{len(result.records)} scans; rules, thresholds and figures: {folder / 'audit.json'}")
@@ -667,8 +773,9 @@ def choose(
     minutes: Annotated[
         float | None, typer.Option(min=0.01, help="Begin no further scan after so many minutes.")
     ] = None,
-    scans: Annotated[int, typer.Option(min=1, help="At most so many scans, evenly spread.")] = 12,
+    scans: Annotated[int, typer.Option(min=1, help="At most so many scans, evenly spread.")] = 24,
     target: TargetOption = None,
+    trust_bundle: TrustOption = False,
     quiet: QuietOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON and nothing else.")] = False,
 ) -> None:
@@ -684,9 +791,10 @@ def choose(
 
     settings = _load(load_config(config))
     cases = list(cases_of(settings).cases.values())
+    trust = _trusted(settings, trust_bundle)
     with _progress(quiet or as_json) as progress:
         found = chosen(
-            Explainer.from_config(settings, targets=target),
+            Explainer.from_config(settings, targets=target, trust_bundle=trust),
             cases,
             settings=settings.audit,
             scans=scans,
@@ -723,6 +831,7 @@ def layers(
     ] = None,
     series: SeriesOption = None,
     slices: SlicesOption = None,
+    trust_bundle: TrustOption = False,
 ) -> None:
     """List the layers that could carry a map, with shape, stride and memory, and the one taken by default."""
     from volsal.attribution import LayerError, default_layer, list_layers
@@ -730,7 +839,7 @@ def layers(
     from volsal.explain import Explainer
 
     settings = _load(load_config(config))
-    explainer = Explainer.from_config(settings)
+    explainer = Explainer.from_config(settings, trust_bundle=_trusted(settings, trust_bundle))
     if shape is None:
         tensor = explainer.model_input(_a_scan(settings, scan, series, slices))
     else:
@@ -820,6 +929,7 @@ def align(
     number: Annotated[int, typer.Option("--number", "-n", min=1, help="How many of the config's scans.")] = 12,
     method: MethodOption = None,
     target: TargetOption = None,
+    trust_bundle: TrustOption = False,
 ) -> None:
     """Measure where the cells of a layer look, on a handful of scans, and keep it beside the config.
 
@@ -833,7 +943,8 @@ def align(
 
     settings = _load(load_config(config))
     # What an earlier file says is of no use here, and a damaged one no hindrance.
-    explainer = Explainer.from_config(settings, method, target, alignment="half-pixel")
+    trust = _trusted(settings, trust_bundle)
+    explainer = Explainer.from_config(settings, method, target, alignment="half-pixel", trust_bundle=trust)
     chosen = _some_cases(settings, scans, number)
     measured = explainer.measure(chosen, lambda error: say(f"skipped: {error}", err), **_reading(settings))
     try:
@@ -894,6 +1005,7 @@ def check_geometry(
     ] = 0.5,
     series: SeriesOption = None,
     slices: SlicesOption = None,
+    trust_bundle: TrustOption = False,
 ) -> None:
     """Plant impulses at known places in a scan, and say how far they land from there, stage by stage.
 
@@ -906,7 +1018,7 @@ def check_geometry(
     from volsal.explain import Explainer
 
     settings = _load(load_config(config))
-    explainer = Explainer.from_config(settings, method)
+    explainer = Explainer.from_config(settings, method, trust_bundle=_trusted(settings, trust_bundle))
     chosen = _a_scan(settings, scan, series, slices)
     report = check(explainer, chosen)
     table = Table(box=None, pad_edge=False)
@@ -997,6 +1109,7 @@ def check_model(
     output: Annotated[Path | None, typer.Option("--json", help="File for all figures, as JSON.")] = None,
     series: SeriesOption = None,
     slices: SlicesOption = None,
+    trust_bundle: TrustOption = False,
 ) -> None:
     """Does what volsal promises hold on your model? Every promise put to the test, in a table. 1 where one fails."""
     from volsal.audit.contract import check_model as check
@@ -1006,8 +1119,9 @@ def check_model(
 
     settings = _load(load_config(config))
     case = random_volume(_shape(shape)) if shape else _a_scan(settings, scan, series, slices)
+    trust = _trusted(settings, trust_bundle)
     with _progress() as progress:
-        explainer = Explainer.from_config(settings, method, target, progress=_steps(progress))
+        explainer = Explainer.from_config(settings, method, target, progress=_steps(progress), trust_bundle=trust)
         report = check(explainer, case, _steps(progress))
     seen = tuple(report.provenance["model_input"]["shape"])
     say(cell(f"{type(explainer.model).__name__} on {'random numbers' if shape else case}, input {seen}"))
@@ -1043,16 +1157,57 @@ def _checks(report: ContractReport) -> None:
 @app.command()
 @_explained
 def view(
-    path: Annotated[Path, typer.Argument(help="A case folder that volsal wrote, or a scan.")],
+    path: Annotated[Path, typer.Argument(help="A run folder, a case folder in it, or a scan.")],
     maps: Annotated[list[Path] | None, typer.Argument(help="Map files to lay over the scan.")] = None,
     convention: Annotated[
         str, typer.Option(help="radiological (patient's right on the left) or neurological.")
     ] = "radiological",
 ) -> None:
-    """Look at a case in napari: the scan with its maps laid over it."""
-    from volsal.viewer.show import open_case
+    """Look at a run, a case or a scan in napari: the scan with maps laid over it, in three linked planes."""
+    from volsal.plugin.window import open_window
 
-    open_case(path, maps or [], convention=convention)
+    open_window(path, maps or [], convention=convention)
+
+
+@app.command()
+@_explained
+def movie(
+    path: Annotated[Path, typer.Argument(help="A case folder that volsal wrote.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The file, .gif or .mp4; CASE/movie.gif if not given.")
+    ] = None,
+    name: Annotated[
+        str, typer.Option("--map", help="A part of the map's name, as grad-cam; the first map if not given.")
+    ] = "",
+    plane: Annotated[Literal["axial", "coronal", "sagittal"], typer.Option(help="Whose slices.")] = "axial",
+    convention: Annotated[
+        str, typer.Option(help="radiological (patient's right on the left) or neurological.")
+    ] = "radiological",
+) -> None:
+    """Fly through a case's scan with a map over it, slice by slice: a moving picture for talks and pages."""
+    from volsal.report.animation import fly_through
+    from volsal.viewer.opening import ViewerError, open_folder
+
+    opened = open_folder(path)
+    if not opened.has_scan:
+        raise opened.faults[0]
+    shown = next((one for one in opened.maps if name in one.name), None)
+    if shown is None:
+        raise ViewerError(f"{path}: no map {name!r}; there are {', '.join(one.name for one in opened.maps) or 'none'}")
+    file = output or path / "movie.gif"
+    fly_through(
+        file,
+        opened.scan.array,
+        shown.values,
+        opened.scan.grid,
+        shown.window,
+        shown.unit,
+        plane=plane,
+        title=shown.name,
+        signed=shown.signed,
+        convention=convention,
+    )
+    say(f"written to {file}")
 
 
 @app.command()

@@ -19,6 +19,10 @@ from volsal.scans import Scan
 
 LayerData = tuple[NDArray, dict[str, Any], str]
 
+_MASK_COLOUR = "#40ff60"
+# Of the window: napari's table of colours has 1024 entries.
+_STEP = 1e-4
+
 
 def scan_layer(scan: Scan, name: str = "scan") -> LayerData:
     """The scan in grey, windowed to its foreground.
@@ -28,11 +32,20 @@ def scan_layer(scan: Scan, name: str = "scan") -> LayerData:
     (data, arguments, "image") : data (S, A, R), a view of the scan's array
     """
     data, placed = _place(scan.array, scan.grid)
-    return data, placed | {"name": name, "colormap": "gray", "contrast_limits": scan_window(scan.array)}, "image"
+    placed["metadata"] |= {"kind": "scan", "scan": scan}
+    # In 3D a plain maximum of a head is its skin.
+    drawn = {"colormap": "gray", "contrast_limits": scan_window(scan.array), "rendering": "attenuated_mip"}
+    return data, placed | drawn | {"name": name}, "image"
 
 
 def map_layer(
-    values: NDArray, grid: Grid, name: str, window: tuple[float, float], unit: str = "", signed: bool = False
+    values: NDArray,
+    grid: Grid,
+    name: str,
+    window: tuple[float, float],
+    unit: str = "",
+    signed: bool = False,
+    scan: Scan | None = None,
 ) -> LayerData:
     """A map in colours that fade out towards the low end of its window, so that an empty map is invisible.
 
@@ -42,22 +55,89 @@ def map_layer(
     window : the values at the two ends of the colour map
     unit : of the values; kept in the metadata
     signed : blue for negative, orange for positive, and a window centred on zero
+    scan : on whose voxels the map lies; kept in the metadata without its own, for whoever writes the map to a file
 
     Returns
     -------
     (data, arguments, "image") : data (S, A, R), a view of ``values``
     """
     data, placed = _place(values, grid)
-    placed["metadata"] |= {"unit": unit, "window": tuple(map(float, window)), "signed": signed}
-    points = colours(signed)
-    colormap = {
-        "name": "volsal signed" if signed else "volsal",
-        "colors": points.tolist(),
-        "controls": np.linspace(0, 1, len(points)).tolist(),
+    placed["metadata"] |= {"kind": "map", "unit": unit, "window": tuple(map(float, window)), "signed": signed}
+    placed["metadata"] |= {"scan": scan.without_voxels() if scan else None}
+    shown = limits(window, signed)
+    drawn = {
+        "colormap": colormap(shown, signed),
+        "contrast_limits": shown,
+        # Without depth: with it, napari hides the scan behind a transparent map in 3D.
+        "blending": "translucent_no_depth",
     }
-    # Without depth: with it, napari hides the scan behind a transparent map in 3D.
-    drawn = {"colormap": colormap, "contrast_limits": limits(window, signed), "blending": "translucent_no_depth"}
     return data, placed | drawn | {"name": name}, "image"
+
+
+def mask_layer(labels: NDArray[np.integer], grid: Grid, name: str) -> LayerData:
+    """A mask or label map (I, J, K) on ``grid`` in one green, which neither kind of map has; 0 is clear.
+
+    Whoever adds the layer sets its ``contour``: napari takes none with the data.
+
+    Returns
+    -------
+    (data, arguments, "labels") : data (S, A, R), a view of ``labels``
+    """
+    data, placed = _place(labels, grid)
+    placed["metadata"] |= {"kind": "mask"}
+    green = {"colormap": {0: "transparent", None: _MASK_COLOUR}, "opacity": 0.9, "blending": "translucent_no_depth"}
+    return data, placed | green | {"name": name}, "labels"
+
+
+def colormap(window: tuple[float, float], signed: bool = False, threshold: float = 0.0) -> dict[str, Any]:
+    """The colours of a map as napari takes them, without those of values below ``threshold``.
+
+    Parameters
+    ----------
+    window : the values at the two ends
+    signed : whether ``threshold`` is of magnitudes, on both sides of zero
+    threshold : in the map's own unit; what is below is clear
+    """
+    points = colours(signed)
+    at = np.linspace(0, 1, len(points))
+    low, high = window
+    edges = np.clip((np.array([-threshold if signed else low, threshold]) - low) / (high - low), 0, 1)
+    below = np.clip(edges + np.array([_STEP, -_STEP]), 0, 1)  # just inside what is to be clear
+    if threshold > 0 and below[0] < below[1]:
+        at = np.unique(np.concatenate([at, edges, below]))
+        points = np.stack([np.interp(at, np.linspace(0, 1, len(points)), column) for column in points.T], axis=1)
+        points[(at >= below[0]) & (at <= below[1]), 3] = 0
+        if not signed:
+            points[at <= below[1], 3] = 0
+    return {"name": "volsal signed" if signed else "volsal", "colors": points.tolist(), "controls": at.tolist()}
+
+
+def value_at(data: NDArray, arguments: Mapping[str, Any], point: ArrayLike) -> float | None:
+    """The value of the voxel of a layer that holds a position in napari's world (S, A, R); None outside of them.
+
+    ``arguments`` has the layer's ``scale`` and ``translate``.
+    """
+    at = (np.asarray(point, dtype=np.float64) - arguments["translate"]) / arguments["scale"]
+    voxel = np.floor(at + 0.5).astype(int)
+    if (voxel < 0).any() or (voxel >= data.shape).any():
+        return None
+    return float(data[tuple(voxel)])
+
+
+def as_stored(data: NDArray, grid: Grid) -> NDArray:
+    """A layer's data (S, A, R) in the order of ``grid``, (I, J, K): the way back from :func:`map_layer`.
+
+    Raises
+    ------
+    ValueError
+        Where the data are not of the grid's shape.
+    """
+    stored = np.empty(grid.shape, dtype=data.dtype)
+    upright = Upright(grid).array(stored)
+    if data.shape[::-1] != upright.shape:
+        raise ValueError(f"the layer has shape {data.shape[::-1]}, its scan {upright.shape}")
+    upright[...] = data.transpose(2, 1, 0)
+    return stored
 
 
 def _place(values: NDArray, grid: Grid) -> tuple[NDArray, dict[str, Any]]:
@@ -74,6 +154,7 @@ def _place(values: NDArray, grid: Grid) -> tuple[NDArray, dict[str, Any]]:
             "axis_codes": grid.orientation,
             "obliquity_degrees": upright.degrees,
             "planes": "native" if upright.oblique else "anatomical",
+            "note": upright.note,
             "display_to_scanner": upright.matrix @ reverse,
         },
     }

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from textwrap import wrap
 from typing import Any, Protocol
@@ -17,21 +15,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from volsal.display import PLANES, PlaneName, Upright, in_words, letters, limits, mirrored, peak_mm, verdict
-from volsal.errors import VolsalError
-from volsal.grid import GridError
-from volsal.run_folder import RunFolder
-from volsal.scans import Scan, read_scan
-from volsal.scans.dicom import sniff as sniff_dicom
-from volsal.viewer.layers import map_layer, napari_world, scan_layer, true_world
+from volsal.scans import Scan
+from volsal.viewer.layers import map_layer, napari_world, scan_layer, true_world, value_at
+from volsal.viewer.opening import ViewerError, open_path
 
-# Maps are written with the scan's geometry to the bit; a hundredth of a millimetre is room for other tools' rounding.
-_SAME_GRID_MM = 0.01
 _INSTALL = 'pip install "volsal[napari]" "napari[pyqt6]"'
 _EDGES = {"left": "middle_left", "right": "middle_right", "top": "top_center", "bottom": "bottom_center"}
-
-
-class ViewerError(VolsalError, RuntimeError):
-    """The viewer cannot be opened, or what it was given cannot be shown together."""
 
 
 class MapLike(Protocol):
@@ -47,26 +36,6 @@ class MapLike(Protocol):
     def unit(self) -> str: ...  # noqa: D102
     @property
     def signed(self) -> bool: ...  # noqa: D102
-
-
-@dataclass(frozen=True, eq=False)
-class ShownMap:
-    """A map to lay over a scan.
-
-    Attributes
-    ----------
-    name : what the layer list calls it
-    values : (I, J, K) on the scan's voxels
-    window : the values at the two ends of the colour map
-    unit : of the values
-    signed : whether values below zero mean evidence against
-    """
-
-    name: str
-    values: NDArray
-    window: tuple[float, float]
-    unit: str = ""
-    signed: bool = False
 
 
 def show(
@@ -105,12 +74,12 @@ def show(
             )
     mirrored(convention)  # before any window opens
     maps = sorted(maps, key=lambda shown: bool(verdict(shown.values)))
-    napari = _napari()
+    napari = napari_module()
     viewer = napari.Viewer(title=f"volsal: {scan}")
     _fill(viewer, scan, maps)
     _aim(viewer, scan, maps, convention, at_mm, plane)
     _annotate(viewer, scan, maps, convention)
-    _settle(viewer)
+    settle(viewer)
     viewer.status = _status(viewer, viewer.dims.point)
     if block:
         napari.run()
@@ -160,95 +129,26 @@ def open_case(
     ScanError
         Where a file cannot be read.
     """
-    path = Path(path)
-    is_case = path.is_dir() and ((path / "case.json").exists() or not sniff_dicom(path))
-    scan, shown, peak = _read_case(path, maps) if is_case else _read_files(path, maps)
-    return show(scan, shown, convention=convention, at_mm=peak if at_mm is None else at_mm, block=block)
+    opened = open_path(Path(path), maps)
+    if opened.faults:
+        raise opened.faults[0]
+    return show(
+        opened.scan,
+        opened.maps,
+        convention=convention,
+        at_mm=opened.peak_mm if at_mm is None else at_mm,
+        block=block,
+    )
 
 
-def _read_files(path: Path, maps: Sequence[Path]) -> tuple[Scan, list[ShownMap], ArrayLike | None]:
-    scan = read_scan(path)
-    return scan, [_bare_map(scan, Path(file)) for file in maps], None
-
-
-def _bare_map(scan: Scan, file: Path) -> ShownMap:
-    """A map of which only the file is known: its header says how to show it."""
-    overlay = _on_grid(scan, file)
-    low, high = (float(overlay.header[name]) for name in ("cal_min", "cal_max"))
-    if not low < high:
-        low, high = 0.0, float(overlay.array.max())
-    return ShownMap(_stem(file), overlay.array, (low, high), signed=low < 0)
-
-
-def _read_case(folder: Path, only: Sequence[Path]) -> tuple[Scan, list[ShownMap], ArrayLike | None]:
-    case = _load_json(folder / "case.json")
-    try:
-        scan = _case_scan(folder, case["scan"])
-        if only:
-            return scan, [_bare_map(scan, Path(file)) for file in only], None
-        shown = [_case_map(scan, folder, entry) for entry in case["maps"]]
-        peak = next((entry["peak_mm"] for entry in case["maps"] if entry["peak_mm"] is not None), None)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        # Errors of volsal's own are addressed to the reader already, and some of them are ValueErrors.
-        if isinstance(error, VolsalError):
-            raise
-        raise ViewerError(
-            f"{folder / 'case.json'}: not as volsal writes it ({type(error).__name__}: {error}); "
-            "run the case again, or name the scan and the map files"
-        ) from error
-    return scan, shown, peak
-
-
-def _load_json(path: Path) -> Mapping[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ViewerError(
-            f"{path.parent}: no case.json in this folder; give a case folder that volsal wrote, or a scan file"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise ViewerError(f"{path}: cannot be read as JSON ({error})") from error
-
-
-def _case_scan(folder: Path, said: Mapping[str, Any]) -> Scan:
-    places = [Path(said["path"])] if Path(said["path"]).is_absolute() else [folder / said["path"], Path(said["path"])]
-    path = next((place for place in places if place.exists()), None)
-    if path is None:
-        raise ViewerError(f"{folder}: its scan {said['path']} is not there any more; name the scan and the map files")
-    form = said["form"] if said["form"] in ("sform", "qform") else None
-    choices: dict[str, Any] = {name: said.get(name) for name in ("nan", "slices")}
-    choices["series"] = RunFolder(folder.parent).series_of(path, said.get("series"))
-    return read_scan(path, volume=said["volume"], form=form, **choices)
-
-
-def _case_map(scan: Scan, folder: Path, entry: Mapping[str, Any]) -> ShownMap:
-    low, high = entry["window"]
-    name = " · ".join(part for part in (entry.get("name", entry["method"]), entry["target"]) if part)
-    values = _on_grid(scan, folder / entry["file"]).array
-    return ShownMap(name, values, (float(low), float(high)), entry["unit"], bool(entry["signed"]))
-
-
-def _on_grid(scan: Scan, file: Path) -> Scan:
-    """The map in ``file``, which must lie on the scan's voxels."""
-    overlay = read_scan(file)
-    try:
-        scan.grid.require_same(overlay.grid, within_mm=_SAME_GRID_MM)
-    except GridError as error:
-        raise ViewerError(f"{file}: does not lie on the voxels of {scan}: {error}") from error
-    return overlay
-
-
-def _stem(file: Path) -> str:
-    return file.name.removesuffix(".gz").removesuffix(".nii")
-
-
-def _napari() -> Any:
+def napari_module() -> Any:
     """The napari module, once it is certain that opening a window will not abort the process."""
     if importlib.util.find_spec("napari") is None:
         raise ViewerError(f"the viewer needs napari and a Qt binding: {_INSTALL}")
     _require_display()
     try:
         import qtpy.QtWidgets
+        from qtpy.QtCore import Qt
     except ImportError as error:
         bindings = [name for name in ("PyQt6", "PySide6", "PyQt5") if importlib.util.find_spec(name)]
         if bindings:
@@ -259,6 +159,8 @@ def _napari() -> Any:
         raise ViewerError(f"the viewer needs a Qt binding: {_INSTALL}") from error
     if qtpy.QtWidgets.QApplication.instance() is None:
         _require_qt_starts()
+        # Else a panel with canvases of its own loses what it has drawn when it is moved out of the window.
+        qtpy.QtWidgets.QApplication.setAttribute(Qt.ApplicationAttribute.AA_ShareOpenGLContexts)
     import napari
 
     return napari
@@ -303,7 +205,9 @@ def _fill(viewer: Any, scan: Scan, maps: Sequence[MapLike]) -> None:
     data, arguments, _ = scan_layer(scan)
     viewer.add_image(data, **arguments)
     for shown in reversed(maps):
-        data, arguments, _ = map_layer(shown.values, scan.grid, shown.name, shown.window, shown.unit, shown.signed)
+        data, arguments, _ = map_layer(
+            shown.values, scan.grid, shown.name, shown.window, shown.unit, shown.signed, scan
+        )
         layer = viewer.add_image(data, **arguments, visible=shown is maps[0])
         layer.colorbar.position = "top_right"
         layer.colorbar.visible = bool(np.ptp(shown.values) > 0)
@@ -320,10 +224,21 @@ def _aim(
     view = PLANES[plane]
     viewer.dims.ndisplay = 2
     viewer.dims.order = tuple(2 - axis for axis in (view.through, view.up, view.across))
-    # Depth follows from the other two: both triples are right-handed for (S, A, R), so 3D is no mirror image.
-    viewer.scene.camera.orientation = ("away", "up", "left") if mirrored(convention) else ("towards", "up", "right")
+    face(viewer, convention)
     point = at_mm if at_mm is not None else _first_peak(scan, maps)
     viewer.dims.point = tuple(napari_world(scan.grid, np.asarray(point, dtype=np.float64)))
+
+
+def face(viewer: Any, convention: str) -> None:
+    """Turn the camera so that up is up, and the patient's right where the convention has it."""
+    # Depth follows from the other two: both triples are right-handed for (S, A, R), so 3D is no mirror image.
+    viewer.scene.camera.orientation = ("away", "up", "left") if mirrored(convention) else ("towards", "up", "right")
+
+
+def faced(viewer: Any) -> str | None:
+    """The convention that the camera follows; None where it is turned otherwise, as napari's own is at first."""
+    _, up, side = map(str, viewer.scene.camera.orientation)
+    return {"left": "radiological", "right": "neurological"}.get(side) if up == "up" else None
 
 
 def _first_peak(scan: Scan, maps: Sequence[MapLike]) -> NDArray[np.float64]:
@@ -333,14 +248,22 @@ def _first_peak(scan: Scan, maps: Sequence[MapLike]) -> NDArray[np.float64]:
 
 def _annotate(viewer: Any, scan: Scan, maps: Sequence[MapLike], convention: str) -> None:
     """What the picture alone does not tell: sides, tilt, scale, unit, true position."""
+    orient(viewer)
     overlays = viewer.canvas.overlays
-    overlays.scale_bar.visible = True
-    overlays.scale_bar.position = "bottom_right"
     overlays.text.text = "\n".join(_caption(scan, maps, convention))
     overlays.text.position = "top_left"
     overlays.text.font_size = 9
     overlays.text.visible = True
-    _letter_edges(viewer, convention)
+
+
+def orient(viewer: Any) -> None:
+    """A scale bar, letters at the edges, and a status line that says the true position; once for each viewer."""
+    overlays = viewer.canvas.overlays
+    if f"volsal_{next(iter(_EDGES))}" in overlays:
+        return
+    overlays.scale_bar.visible = True
+    overlays.scale_bar.position = "bottom_right"
+    letter_edges(viewer)
     _report_position(viewer)
 
 
@@ -355,25 +278,23 @@ def _caption(scan: Scan, maps: Sequence[MapLike], convention: str) -> list[str]:
     return [part for line in lines for part in wrap(line, 38)]
 
 
-def _letter_edges(viewer: Any, convention: str) -> None:
+def letter_edges(viewer: Any, font_size: int = 14) -> None:
     """R, L, A, P, S, I at the edges of the canvas, and right again when the plane or the camera is turned."""
     from napari.components.overlays import TextOverlay
 
     overlays = viewer.canvas.overlays
     for edge, position in _EDGES.items():
-        overlays[f"volsal_{edge}"] = TextOverlay(position=position, font_size=14, visible=True)
+        overlays[f"volsal_{edge}"] = TextOverlay(position=position, font_size=font_size, visible=True)
 
     def update(event: Any = None) -> None:
         cut = 2 - viewer.dims.order[0]
         plane: PlaneName = next(name for name, view in PLANES.items() if view.through == cut)
         # Another order of the two displayed axes, another camera, or 3D: then these letters would be wrong.
-        view, camera = PLANES[plane], viewer.scene.camera.orientation
+        view, seen = PLANES[plane], faced(viewer)
         usual = tuple(viewer.dims.order[1:]) == (2 - view.up, 2 - view.across) and viewer.dims.ndisplay == 2
-        known = camera[1] == "up" and camera[2] in ("left", "right")
-        seen = "radiological" if camera[2] == "left" else "neurological"
-        for edge, letter in letters(plane, seen).items():
+        for edge, letter in letters(plane, seen or "radiological").items():
             overlays[f"volsal_{edge}"].text = letter
-            overlays[f"volsal_{edge}"].visible = usual and known
+            overlays[f"volsal_{edge}"].visible = usual and seen is not None
 
     viewer.dims.events.order.connect(update)
     viewer.dims.events.ndisplay.connect(update)
@@ -393,19 +314,27 @@ def _report_position(viewer: Any) -> None:
 
 
 def _status(viewer: Any, point: Sequence[float]) -> str:
+    return "   ".join(words_at(viewer, point))
+
+
+def words_at(viewer: Any, point: Sequence[float]) -> list[str]:
+    """What is at a position (S, A, R) of napari's world: where that is in the scanner, and each visible layer's value.
+
+    Empty where no layer of volsal's is visible.
+    """
     visible = [layer for layer in viewer.layers if layer.visible and "display_to_scanner" in layer.metadata]
     if not visible:
-        return ""
+        return []
     x, y, z = true_world(visible[-1].metadata, point)
     parts = [f"x {x:.1f}  y {y:.1f}  z {z:.1f} mm (scanner, RAS+)"]
     for layer in visible:
-        value = layer.get_value(tuple(point), world=True)
+        value = value_at(layer.data, {"scale": layer.scale, "translate": layer.translate}, point)
         if value is not None:
-            parts.append(f"{layer.name} {float(value):.4g} {layer.metadata.get('unit', '')}".rstrip())
-    return "   ".join(parts)
+            parts.append(f"{layer.name} {value:.4g} {layer.metadata.get('unit', '')}".rstrip())
+    return parts
 
 
-def _settle(viewer: Any) -> None:
+def settle(viewer: Any) -> None:
     """Let the window reach its size before the picture is fitted to it."""
     from qtpy.QtWidgets import QApplication
 
