@@ -159,7 +159,9 @@ def test_without_its_label_map_a_case_fails_by_name(place):
 @pytest.mark.parametrize("more", [(), ("--quiet",)])
 def test_progress_and_cost_are_shown_on_a_terminal_unless_quiet(place, more, monkeypatch):
     screen = io.StringIO()
-    monkeypatch.setattr(cli, "err", Console(file=screen, force_terminal=True, width=150, highlight=False))
+    monkeypatch.setattr(
+        "volsal.cli.progress.err", Console(file=screen, force_terminal=True, width=150, highlight=False)
+    )
     asked = ("explain", place / "scans/case1.nii.gz", "-c", place / "c.yaml", "-o", place / "one", *more)
     assert call(*asked).exit_code == 0
     shown = screen.getvalue()

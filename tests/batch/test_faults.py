@@ -386,7 +386,7 @@ def test_what_a_killed_run_left_unfinished_is_no_scan(config, tmp_path, scans):
 
 def test_notes_that_differ_from_case_to_case_do_not_fill_the_screen(config, capsys):
     from volsal.batch import Tally
-    from volsal.cli import _summary
+    from volsal.cli.runs import _summary
 
     tally = Tally()
     tally.notes.update(f"corner {n} mm off" for n in range(30))
