@@ -10,9 +10,25 @@ from torch import nn
 from volsal.scans.find import Case
 
 SIZE, MM = 24, 6.0
-CUES = ("lesion", "marker", "brightness", "line")
-# Where the marker lies, in voxels: left, posterior, inferior of the head, in the air.
+# What a model may answer by, and the verdict that should then say so; of the first two there is nothing to say.
+HONEST = ("lesion", "side")
+CUES = {
+    "lesion": None,
+    "side": None,
+    "marker": "outside the body",
+    "edge": "outside the body",
+    "air": "outside the body",
+    "line": "fixed in the field",
+    "dot": "fixed in the field",
+    "brightness": "overall brightness",
+    "noise": "noise and sharpness",
+    "size": "size of the patient",
+    "position": "position in the field",
+}
+# Where they lie, in voxels: left, posterior, inferior of the head, in the air; at the right end; in the head.
 MARKER = (slice(2, 5), slice(2, 5), slice(2, 5))
+EDGE = (slice(22, 24), slice(9, 14), slice(9, 14))
+DOT = (slice(13, 15), slice(8, 10), slice(13, 15))
 
 
 def phantom(random, cue, present, size=SIZE, lesion=None):
@@ -20,19 +36,28 @@ def phantom(random, cue, present, size=SIZE, lesion=None):
     scale = size / SIZE
     index = np.stack(np.meshgrid(*[np.arange(size)] * 3, indexing="ij"), -1) / scale
     centre = 11.5 + random.uniform(-2, 2, 3)
-    inside = (((index - centre) / random.uniform((6, 7, 6), (7, 8.5, 7))) ** 2).sum(-1) <= 1
+    if cue == "position":
+        centre[1] = 11.5 + (2 if present else -2) + random.uniform(-1, 1)
+    radii = random.uniform((6, 7, 6), (7, 8.5, 7)) * ((1.15 if present else 0.9) if cue == "size" else 1)
+    inside = (((index - centre) / radii) ** 2).sum(-1) <= 1
     image = random.normal(0, 0.03, (size,) * 3)
+    if present and cue in ("noise", "air"):
+        image *= 4
     texture = np.kron(random.normal(0, 0.1, (4,) * 3), np.ones((-(-size // 4),) * 3))[:size, :size, :size]
-    image = np.where(inside, random.uniform(0.9, 1.1) + texture + image, np.abs(image))
+    tissue = random.uniform(0.9, 1.1) + texture + (0.25 * image if cue == "air" and present else image)
+    image = np.where(inside, tissue, np.abs(image))
     mask = np.zeros(image.shape, bool)
-    if cue == "lesion" or lesion:
+    if cue in HONEST or lesion:
         where = centre + random.uniform(-2.5, 2.5, 3)
+        if cue == "side":
+            where[0] = centre[0] + random.uniform(1.5, 3.5) * (1 if present else -1)
         mask = ((index - where) ** 2).sum(-1) <= 2.2**2
-    elif cue == "marker":
-        mask[tuple(slice(round(s.start * scale), round(s.stop * scale)) for s in MARKER)] = True
+    elif cue in ("marker", "edge", "dot"):
+        box = {"marker": MARKER, "edge": EDGE, "dot": DOT}[cue]
+        mask[tuple(slice(round(s.start * scale), round(s.stop * scale)) for s in box)] = True
     elif cue == "line":  # at one height of the field, through whatever lies there
         mask[:, :, round(9 * scale) : round(10 * scale)] = True
-    if not present:
+    if not present and cue != "side":
         mask[:] = False
     if cue == "brightness":
         return image * (1.8 if present else 1.0) * random.uniform(0.9, 1.1), mask
@@ -108,6 +133,39 @@ def pooled_net(seed=0):
     for wide, wider in ((1, 8), (8, 16), (16, 16)):
         layers += [nn.Conv3d(wide, wider, 3, padding=1), nn.LeakyReLU(0.01), nn.MaxPool3d(2)]
     return nn.Sequential(*layers, nn.AdaptiveMaxPool3d(1), nn.Flatten(), nn.Linear(16, 2)).eval()
+
+
+class _Residual(nn.Module):
+    def __init__(self, wide, wider):
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv3d(wide, wider, 3, 2, 1, bias=False), nn.BatchNorm3d(wider))
+        self.second = nn.Sequential(nn.Conv3d(wider, wider, 3, 1, 1, bias=False), nn.BatchNorm3d(wider))
+        self.beside = nn.Conv3d(wide, wider, 1, 2)
+
+    def forward(self, x):
+        return torch.relu(self.second(torch.relu(self.first(x))) + self.beside(x))
+
+
+def residual_net(seed=0):
+    """A third kind: residual blocks, ReLUs that are functions."""
+    torch.manual_seed(seed)
+    blocks = [_Residual(wide, wider) for wide, wider in ((1, 8), (8, 16), (16, 32))]
+    return nn.Sequential(*blocks, nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(32, 2)).eval()
+
+
+NETS = {"strided": small_net, "pooled": pooled_net, "residual": residual_net}
+
+
+def kept(folder, kind, cue, seed):
+    """A trained net and its accuracy, from the folder where it is there already."""
+    file = folder / f"{kind}_{cue}_{seed}.pt"
+    if not file.exists():
+        net, accuracy = trained(NETS[kind](seed), cue, seed=seed)
+        torch.save({"state": net.state_dict(), "accuracy": accuracy}, file)
+    found = torch.load(file, weights_only=True)
+    net = NETS[kind](seed)
+    net.load_state_dict(found["state"])
+    return net.eval(), found["accuracy"]
 
 
 def trained(net, cue, steps=300, seed=0, size=SIZE):

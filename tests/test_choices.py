@@ -1,7 +1,8 @@
 import pytest
 
 from volsal import GradCAM, HiResCAM, IntegratedGradients, SmoothGrad
-from volsal.choices import SettingsError, UnknownMethodError, configured_methods, method_names
+from volsal.attribution.settings import SettingError
+from volsal.choices import UnknownMethodError, configured_methods, method_names
 
 
 @pytest.mark.parametrize(
@@ -32,10 +33,10 @@ def test_a_config_may_name_a_method():
 @pytest.mark.parametrize(
     ("entries", "error", "says"),
     [
-        (["grad-cam", "grad-cam"], SettingsError, "each once; got grad-cam, grad-cam"),
-        ([], SettingsError, "got none"),
-        ([{"grad-cam": {"name": "a/b"}}], SettingsError, "not 'a/b'"),
-        ([{"grad-cam": {"name": "x"}}, {"hires-cam": {"name": "x"}}], SettingsError, "two methods would be called 'x'"),
+        (["grad-cam", "grad-cam"], SettingError, "each once; got grad-cam, grad-cam"),
+        ([], SettingError, "got none"),
+        ([{"grad-cam": {"name": "a/b"}}], SettingError, "not 'a/b'"),
+        ([{"grad-cam": {"name": "x"}}, {"hires-cam": {"name": "x"}}], SettingError, "two methods would be called 'x'"),
         ([{"grad-cam": {"layr": "x"}}], UnknownMethodError, "no setting 'layr'; did you mean 'layer'"),
         ([{"grad-cam": {}, "hires-cam": {}}], UnknownMethodError, "one id with its settings"),
     ],

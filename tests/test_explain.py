@@ -9,7 +9,8 @@ from torch import nn
 import volsal
 from volsal import ClassLogit, Explainer, GradCAM, Heatmap, HiResCAM, read_scan
 from volsal.attribution import LayerError, ModelError, TargetError
-from volsal.choices import SettingsError, UnknownMethodError
+from volsal.attribution.settings import SettingError
+from volsal.choices import UnknownMethodError
 from volsal.explanation import CASE_FILE
 from volsal.grid import Grid
 from volsal.resampling import resample
@@ -276,14 +277,14 @@ def test_a_damaged_record_is_replaced(scan_file, model, tmp_path):
 
 
 def test_class_names_that_do_not_fit_the_model_are_refused(scan_file, model):
-    with pytest.raises(SettingsError, match="3 classes are named"):
+    with pytest.raises(SettingError, match="3 classes are named"):
         Explainer(model, None, "grad-cam", 1, classes=["a", "b", "c"])(scan_file())
-    with pytest.raises(SettingsError, match="must differ"):
+    with pytest.raises(SettingError, match="must differ"):
         Explainer(model, None, "grad-cam", 1, classes=["a", "a"])
 
 
 def test_a_case_id_is_never_a_path(scan_file, model):
-    with pytest.raises(SettingsError, match="a case id is"):
+    with pytest.raises(SettingError, match="a case id is"):
         Explainer(model, None, "grad-cam", 1)(scan_file(), case="../../x")
 
 

@@ -14,8 +14,8 @@ from torch import nn
 
 from volsal import Explainer, GradCAM, HiResCAM, InputGradient, read_scan
 from volsal.attribution import Attribution, Method, TargetError
+from volsal.attribution.settings import SettingError
 from volsal.batch import Run
-from volsal.choices import SettingsError
 from volsal.config import load_config
 from volsal.explanation import CASE_FILE, files_of, plain_data
 from volsal.resampling import resample
@@ -152,7 +152,7 @@ def test_two_configurations_of_one_method_have_files_of_their_own(scan_file, tmp
     own = Explainer(Featured(), None, {"shallow": GradCAM("features.1"), "deep": "grad-cam"}, 1)(scan_file())
     assert [heatmap.name for heatmap in own.maps] == ["shallow class-1", "deep class-1"]
     assert own.map("deep").method == "grad-cam"
-    with pytest.raises(SettingsError, match="each once"):
+    with pytest.raises(SettingError, match="each once"):
         Explainer(Featured(), None, ["grad-cam", GradCAM()])
 
 

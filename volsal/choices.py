@@ -8,17 +8,13 @@ from dataclasses import fields, is_dataclass
 from pathlib import PurePath
 from typing import Any
 
-from volsal.attribution import METHODS, Method
+from volsal.attribution import METHODS, Method, SettingError
 from volsal.errors import VolsalError, nearest
 
 # What a config may say of a method besides its settings.
 _NAME = "name"
 # Of a setting, in a name; file names hold 255 bytes.
 _LONGEST = 24
-
-
-class SettingsError(VolsalError, ValueError):
-    """Settings that do not fit each other or the model."""
 
 
 class UnknownMethodError(VolsalError, LookupError):
@@ -50,7 +46,7 @@ def configured_methods(entries: Sequence[str | Mapping[str, Mapping[str, Any] | 
     ------
     UnknownMethodError
         For an unknown method or setting.
-    SettingsError
+    SettingError
         Where two methods are the same, or are called the same.
     """
     chosen = [_configured(entry) for entry in entries]
@@ -82,19 +78,19 @@ def method_names(methods: Sequence[Method], given: Sequence[str] = ()) -> list[s
 
     Raises
     ------
-    SettingsError
+    SettingError
         Where there is no method, where two are the same, or where two would be called the same.
     """
     given = given or [""] * len(methods)
     if not methods or len(set(methods)) < len(methods):
-        raise SettingsError(f"methods must be given, each once; got {', '.join(m.id for m in methods) or 'none'}")
+        raise SettingError(f"methods must be given, each once; got {', '.join(m.id for m in methods) or 'none'}")
     for name in given:
         if name and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", name):
-            raise SettingsError(f"a method's name is lower-case letters, digits, '.' and '-', not {name!r}")
+            raise SettingError(f"a method's name is lower-case letters, digits, '.' and '-', not {name!r}")
     names = [name or _name(method, methods) for name, method in zip(given, methods, strict=True)]
     for name in names:
         if names.count(name) > 1:
-            raise SettingsError(f"two methods would be called {name!r}; name them, as in grad-cam: {{name: deep}}")
+            raise SettingError(f"two methods would be called {name!r}; name them, as in grad-cam: {{name: deep}}")
     return names
 
 

@@ -289,7 +289,7 @@ class AuditSection(_Section):
     exchanged: int = Field(32, ge=0, description="shortcut: scans between which properties are exchanged; 0: none")
     carried: float = Field(0.33, gt=0, lt=1, description="shortcut: share of the answers' difference that goes along")
     still: float = Field(
-        0.8, ge=0.5, le=1, description="shortcut: pairs of scans that single voxels of the field order as their answers"
+        0.85, ge=0.5, le=1, description="shortcut: share of pairs of scans that single voxels order as their answers"
     )
 
 

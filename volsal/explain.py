@@ -41,11 +41,12 @@ from volsal.attribution.gradients.baselines import files_of as baselines_of
 from volsal.attribution.inputs import Given
 from volsal.attribution.method import PLAIN, bases, scores_of
 from volsal.attribution.perturbation.perturbation import forget
+from volsal.attribution.settings import SettingError
 from volsal.attribution.tap import forward, plain, undisturbed
 from volsal.attribution.targets.target import distinct, facts, placed, told
 from volsal.attribution.windows.windowed import Windowed
 from volsal.attribution.windows.windows import volumes_of
-from volsal.choices import SettingsError, as_method, configured_methods, method_names
+from volsal.choices import as_method, configured_methods, method_names
 from volsal.config import Config, ConfigError, FunctionSection, require_files
 from volsal.environment import environment
 from volsal.errors import VolsalError, nearest
@@ -178,7 +179,7 @@ class Explainer:
         self.names = method_names(self.methods, list(named))
         self.targets = distinct([t if callable(t) else parse_target(t, self.classes) for t in _listed(targets)])
         if not self.targets:
-            raise SettingsError("targets must be given, each once; got none")
+            raise SettingError("targets must be given, each once; got none")
         self.per_channel = per_channel
         self.channels = tuple(channels)
         self.folder = folder or Path()
@@ -187,7 +188,7 @@ class Explainer:
         self.fast = fast
         self.windows = windows
         if len(set(self.classes)) < len(self.classes):
-            raise SettingsError(f"class names must differ; got {', '.join(self.classes)}")
+            raise SettingError(f"class names must differ; got {', '.join(self.classes)}")
         self.alignments = Alignments() if alignments is None else alignments
         self.align = self._rule(alignment)
         self._known_to_repeat = False
@@ -201,7 +202,7 @@ class Explainer:
         if alignment in ("auto", Measured.id):
             return Measured(self._known, strict=alignment == Measured.id)
         if alignment not in ALIGNMENTS:
-            raise SettingsError(f"unknown alignment {alignment!r}{nearest(str(alignment), ['auto', *ALIGNMENTS])}")
+            raise SettingError(f"unknown alignment {alignment!r}{nearest(str(alignment), ['auto', *ALIGNMENTS])}")
         return ALIGNMENTS[alignment]()
 
     def _known(self, of: LayerMap, size: tuple[int, ...]) -> Alignment | None:
@@ -299,7 +300,7 @@ class Explainer:
     def prepare(self, scan: str | Path | Scan | Sequence[str | Path], case: str | None = None, **reading: Any) -> Ready:
         """The first third of a call: read the scan, and make what the model sees of it.  The model is not touched."""
         if case is not None and not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", case):
-            raise SettingsError(f"a case id is lower-case letters, digits, '.', '_' and '-', not {case!r}")
+            raise SettingError(f"a case id is lower-case letters, digits, '.', '_' and '-', not {case!r}")
         started, clock = datetime.now(UTC), time.monotonic()
         if not isinstance(scan, Scan):
             scan = read_case(scan, **reading)
@@ -326,7 +327,7 @@ class Explainer:
         context = self.context(ready.model_input.grid, ready.case, scan, **ready.reading)
         model = self._model_with(given, explained, context)
         if isinstance(model, Given) and self.align.mirrors:
-            raise SettingsError(f"{self.align.id} alignment mirrors the scan and not the other inputs; use another one")
+            raise SettingError(f"{self.align.id} alignment mirrors the scan and not the other inputs; use another one")
         model, copied = self._fast_of(model, self.at_once(tensor))
         targets = self.targets_for(context, model)
         if lean:
@@ -459,7 +460,7 @@ class Explainer:
             return self.model
         held = {name: self._other_input(value, context) for name, value in given.items()}
         if self.windows and any(isinstance(value, Tensor) and value.ndim > 2 for value in held.values()):
-            raise SettingsError("windows cut the scan, and not the other images that are given; leave windows out")
+            raise SettingError("windows cut the scan, and not the other images that are given; leave windows out")
         if self._given is None or self._given.explained != explained:
             self._given = Given(self.model, explained=explained, **held)
         self._given.hold(**held)
@@ -470,7 +471,7 @@ class Explainer:
         if not self.fast:
             return model, None
         if isinstance(model, Given):
-            raise SettingsError("a fast copy is for models of one input; leave model.fast and model.precision out")
+            raise SettingError("a fast copy is for models of one input; leave model.fast and model.precision out")
         weights = self.weights_sha256
         if self._fast is None or self._fast[0] != weights:
             made_of = [base for method in self.methods for base in bases(method)]
@@ -539,12 +540,12 @@ class Explainer:
         ------
         AlignmentError
             Where no map of these scans holds evidence that leads back to the input.
-        SettingsError
+        SettingError
             Where none of the methods takes its map at a layer.
         """
         cams = cams_of(self.methods)
         if not cams:
-            raise SettingsError("none of the methods takes its map at a layer, so there is nothing to align")
+            raise SettingError("none of the methods takes its map at a layer, so there is nothing to align")
         collector = Collector()
         for scan in scans:
             try:
@@ -660,7 +661,7 @@ class Explainer:
             return Prediction((), None, None)
         logits = tuple(float(logit) for logit in output.flatten())
         if self.classes and len(self.classes) != max(2, len(logits)):
-            raise SettingsError(
+            raise SettingError(
                 f"{len(self.classes)} classes are named ({', '.join(self.classes)}), but the model has {len(logits)} "
                 "outputs; name each output once, in order"
             )

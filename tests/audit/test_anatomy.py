@@ -7,6 +7,10 @@ import pytest
 from scipy import ndimage
 
 from volsal.audit.anatomy import (
+    MARKS,
+    THINGS,
+    Body,
+    beside_body,
     body_mask,
     border,
     budget,
@@ -172,3 +176,38 @@ def test_where_no_body_is_found_the_whole_field_counts_and_that_is_said(scan, re
     assert not found.sure
     assert found.mask.all()
     assert re.search(reason, found.said), found.said
+
+
+def test_a_table_and_burned_in_text_are_told_from_air_and_text_from_the_table():
+    grid = Grid((60, 60, 40), np.diag([4.0, 4, 4, 1]))
+    random = np.random.default_rng(0)
+    i, j, k = np.indices(grid.shape)
+    patient = ((i - 30) / 20) ** 2 + ((j - 28) / 14) ** 2 < 1
+    table = (j >= 48) & (j < 51) & (i > 8) & (i < 52)
+    text = (j >= 4) & (j < 6) & (i > 4) & (i < 20) & (k == 20)
+    speck = (j == 4) & (i == 50) & (k == 3)  # one voxel of one value says nothing
+    scan = np.where(patient, 40, -1000) + random.normal(0, 15, grid.shape)
+    scan = np.where(table, 150 + random.normal(0, 15, grid.shape), scan)
+    scan = np.where(text | speck, 2000, scan).round()
+    found = body_mask(scan, grid)
+    assert found.sure
+    beside = beside_body(scan, grid, found)
+    assert np.array_equal(beside[THINGS], (table | text | speck) & ~found.mask)
+    assert np.array_equal(beside[MARKS], text)
+    noisy = np.where(text, 2000 + random.normal(0, 5, grid.shape).round(), scan)  # measured, not drawn
+    assert not beside_body(noisy, grid, found)[MARKS].any()
+    unknown = beside_body(scan, grid, Body(np.ones(grid.shape, bool), False, "why"))
+    assert not unknown[THINGS].any()
+    assert not unknown[MARKS].any()
+
+
+def test_the_air_of_a_magnet_holds_a_headrest_and_no_noise():
+    grid = Grid((50, 50, 50), np.diag([4.0, 4, 4, 1]))
+    random = np.random.default_rng(1)
+    i, j, k = np.indices(grid.shape)
+    head = ((i - 25) / 15) ** 2 + ((j - 22) / 15) ** 2 + ((k - 25) / 15) ** 2 < 1
+    rest = (j > 42) & (j < 47) & (abs(i - 25) < 10)
+    scan = np.abs(np.where(head, 100, 0) + np.where(rest, 60, 0) + random.normal(0, 4, grid.shape))
+    beside = beside_body(scan, grid, body_mask(scan, grid))
+    assert np.array_equal(beside[THINGS], rest)
+    assert not beside[MARKS].any()

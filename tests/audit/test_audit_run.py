@@ -14,14 +14,14 @@ from volsal import Explainer, GradientTimesInput
 from volsal.audit import run
 from volsal.audit.metric import Undefined
 from volsal.audit.run import audit
-from volsal.audit.shortcuts import brightness, fixed_in_field, side_of
+from volsal.audit.shortcuts import side_of
 from volsal.audit.subject import subject_of
 from volsal.audit.trust import TRUSTED, UNDECIDED, UNTRUSTED
-from volsal.audit.verdicts import CLEAR, FLAGGED, ON, Evidence, group_differences
+from volsal.audit.verdicts import FLAGGED, ON, Evidence, group_differences
 from volsal.cli import app
 from volsal.config import AuditSection
 
-SETTINGS = AuditSection(candidates=False, min_scans=4, checked=1, controls=9)
+SETTINGS = AuditSection(candidates=False, min_scans=4, checked=1, controls=9, exchanged=0)
 REGIONS = ("outside the body", "in padding", "at the field's border", "in a corner of the field")
 
 
@@ -51,7 +51,13 @@ def test_an_honest_model_is_trusted_and_not_flagged(honest):
     assert metrics["evidence: pointing game"]["value"] == 1
     assert metrics["evidence: pointing game"]["n"] == 6
     assert metrics["evidence: pointing game"]["undefined"] == 6  # counted, and no zeroes
-    assert metrics["evidence: pointing game, null: moved mask"]["value"] < 0.5
+    nulls = metrics["evidence: pointing game"]["nulls"]
+    assert set(nulls) == {
+        "permuted", "smooth", "moved mask", "random weights", "centre blob", "intensity", "edges"
+    }  # fmt: skip
+    assert nulls["moved mask"]["value"] < 0.5
+    assert nulls["intensity"]["value"] == 1  # the lesion is what is brightest
+    assert nulls["permuted"]["n"] == 6
     assert metrics["effect at the peak, spreads"]["low"] > 0
 
 
@@ -68,7 +74,6 @@ def test_a_marker_in_the_air_is_named_with_its_place(scans):
     assert "outside the body" in found.suspicious[0].reason
     weights = [one.weight for one in found.suspicious]
     assert weights == sorted(weights, reverse=True)
-    assert found.verdict("overall brightness").verdict == CLEAR
 
 
 def test_without_a_body_nothing_counts_as_outside(scans, tmp_path):
@@ -85,18 +90,10 @@ def test_without_a_body_nothing_counts_as_outside(scans, tmp_path):
     assert found.verdict("at the field's border").verdict == UNDECIDED
 
 
-def test_a_model_that_reads_the_brightness_is_flagged_for_it(scans):
-    found = audit(explainer(planted.Level()), scans("brightness"), SETTINGS)
-    assert found.verdict("overall brightness").verdict == FLAGGED
-    assert "how bright the whole scan is" in found.verdict("overall brightness").words
-    assert [found.verdict(name).verdict for name in REGIONS] == [CLEAR] * 4
-
-
 def test_a_model_of_random_weights_is_told_to_answer_alike(scans):
     found = audit(explainer(planted.small_net(1)), scans("lesion"), SETTINGS)
     assert found.verdicts[0].verdict == "answers all scans alike"
     assert found.verdict("trust: gradient-x-input").verdict == UNTRUSTED
-    assert found.verdict("overall brightness").verdict == UNDECIDED
     assert [one.name for one in found.verdicts if one.verdict == FLAGGED] == []
 
 
@@ -104,13 +101,17 @@ def test_audit_json_holds_every_verdict_with_its_rule_and_thresholds(honest):
     found, folder = honest
     content = json.loads((folder / "audit.json").read_text())
     assert content["version"] == run.VERSION
-    assert all(set(one) == {"name", "verdict", "rule", "words", "figures"} for one in content["verdicts"])
+    assert all(set(one) == {"name", "verdict", "rule", "words", "figures", "part"} for one in content["verdicts"])
+    parts = [part["id"] for part in content["parts"]]
+    assert {one["part"] for one in content["verdicts"]} == set(parts)
+    assert all(set(part["headings"]) == {"CLAIM", "TRIPOD+AI", "FUTURE-AI"} for part in content["parts"])
     rule = next(one["rule"] for one in content["verdicts"] if one["name"] == "trust: gradient-x-input")
     assert "10 mm ball" in rule
     assert "9 balls elsewhere" in rule
     assert content["settings"]["controls"] == 9
-    assert set(content["metrics"]["gradient-x-input"]["delta AUPC"]) >= {"value", "low", "high", "n", "undefined"}
-    assert content["metrics"]["gradient-x-input"]["delta AUPC"]["n"] == 1  # of the one that was checked
+    area = content["metrics"]["gradient-x-input"]["delta AUPC of deletion, displaced"]
+    assert set(area) >= {"value", "low", "high", "n", "undefined"}
+    assert (area["n"], area["undefined"]) == (1, 0)  # of the one that was checked
     assert content["answers"] == {"class 1": 6, "class 0": 6}
     with (folder / "audit.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -123,7 +124,7 @@ def test_audit_json_holds_every_verdict_with_its_rule_and_thresholds(honest):
 
 def test_mean_maps_of_each_answer_are_written_where_scans_share_a_grid(honest, scans):
     found, folder = honest
-    (told,) = [of for answer, of in found.about["cohort"].items() if answer == "class 1"]
+    told = found.about["cohort"]["groups"]["the model says"]["class 1"]
     assert told["scans"] == 6
     mean, variance, number = (np.asanyarray(nib.load(folder / file).dataobj) for file in told["files"])
     net = explainer(planted.Bright())
@@ -195,37 +196,6 @@ def test_patients_with_several_scans_count_once(scans):
     cases = [replace(case, groups={"patient": f"p{at // 6}"}) for at, case in enumerate(scans("lesion"))]
     found = audit(explainer(planted.Bright()), cases, SETTINGS)
     assert found.metrics["gradient-x-input"]["effect at the peak, spreads"]["patients"] == 2
-
-
-def test_brightness_is_told_from_levels_that_explain_nothing():
-    gains = [0.5, 1.0, 2.0]
-    levels = np.exp(np.random.default_rng(0).normal(0, 0.2, 20))
-
-    def records(answer):
-        return [
-            {"brightness": {"level": v, "gains": gains, "answers": [[answer(n, np.log(v * g))] for g in gains]}}
-            for n, v in enumerate(levels)
-        ]
-
-    follows = brightness(records(lambda n, log: 3 * log))  # equal levels, equal answers
-    assert follows["spread_left"] == pytest.approx(0, abs=1e-9)
-    assert follows["p_value"] == pytest.approx(1 / 200)
-    ignores = brightness(records(lambda n, log: float(n % 2)))
-    assert ignores["spread_left"] == pytest.approx(1)
-    assert "undefined" in brightness(records(lambda n, log: 1.0))["spread_left"]
-    assert "undefined" in brightness(records(lambda n, log: log)[:2])["spread_left"]
-
-
-def test_what_keeps_still_in_the_field_is_told_from_what_moves_with_the_patient():
-    random = np.random.default_rng(1)
-    bodies = random.normal(0, 20, (12, 3))
-    noise = random.normal(0, 3, (12, 3))
-    about = [{"body": {"centre_mm": list(mm)}, "field_centre_mm": [0.0, 0, 0]} for mm in bodies]
-    still = fixed_in_field(about, noise + np.array([30, 0, 0]))
-    assert still["low"] > 1.5
-    assert still["in_field_mm"] == pytest.approx(np.sqrt(((noise - noise.mean(0)) ** 2).sum(1).mean()))
-    assert fixed_in_field(about, bodies + noise)["ratio"] < 0.5
-    assert "undefined" in fixed_in_field(about[:4], noise[:4])["ratio"]
 
 
 def test_sides_are_the_patients_own(scans):

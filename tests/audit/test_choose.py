@@ -9,12 +9,12 @@ import torch
 
 from volsal import Explainer, GradCAM, GradientTimesInput, InputGradient
 from volsal.attribution import Context, HiResCAM, Method
-from volsal.audit.choose import NONE, TOO_FEW, candidates_of, choose, sampled, twin_of
+from volsal.attribution.settings import SettingError
+from volsal.audit.choose import NONE, TOO_FEW, candidates_of, choose, rank, sampled, twin_of
 from volsal.audit.metric import Undefined
 from volsal.audit.probe import Probe, peak_of
 from volsal.audit.subject import answer_of, subject_of
 from volsal.audit.trust import TRUSTED, UNDECIDED, UNTRUSTED, binomial_tail, judge
-from volsal.choices import SettingsError
 from volsal.config import AuditSection
 from volsal.scans.find import Case
 from volsal.scans.labels import read_labels
@@ -121,7 +121,7 @@ def test_candidates_are_the_given_methods_and_the_usual_ones_at_each_resolution(
     net, volume = planted.small_net(), torch.zeros(1, 1, 24, 24, 24)
     names = list(candidates_of(net, volume, {"mine": HiResCAM("5")}))
     assert names[0] == "mine"
-    assert {"guided-backprop", "gradient-x-input", "input-gradient", "integrated-gradients"} <= set(names)
+    assert {"guided-backprop", "gradient-x-input", "input-gradient", "integrated-gradients", "deep-lift"} <= set(names)
     methods = candidates_of(net, volume, {"mine": HiResCAM("5")}).values()
     layers = [method.layer for method in methods if method.id == "hires-cam"]
     assert layers == ["5", "8", "2"]  # the given one, the default, and the finer one that was not given
@@ -150,7 +150,7 @@ def test_scans_that_cannot_be_read_are_told_and_none_at_all_is_an_error(lesions,
     found = choose(explainer(planted.Bright()), [missing, *lesions[:2]], {"gxi": GradientTimesInput()}, SETTINGS)
     assert list(found.skipped) == ["gone"]
     assert found.scans == 2
-    with pytest.raises(SettingsError, match="none of 1 scans"):
+    with pytest.raises(SettingError, match="none of 1 scans"):
         choose(explainer(planted.Bright()), [missing], settings=SETTINGS)
 
 
@@ -218,6 +218,48 @@ def test_the_rule_of_trust(count, moved, effect, verdict, why):
     assert found.verdict == verdict
     assert found.moved == (moved if effect > 0.1 else 0)
     assert why in found.words
+
+
+def test_the_best_map_is_the_one_at_whose_peaks_the_score_moves_most_often():
+    many = records(10, 10)
+    for at, one in enumerate(many):
+        trial = one["methods"].pop("map")["trial"]
+        effects = {"often": 0.6, "strong": 1.0 if at < 8 else 0.2, "weak": 0.55}
+        one["methods"] = {name: {"trial": {**trial, "effect": effect}} for name, effect in effects.items()}
+    ranked = rank(many, AuditSection())
+    assert [one.method for one in ranked] == ["often", "weak", "strong"]
+    assert [one.score for one in ranked] == [1.0, 1.0, 0.8]
+    assert ranked[0].strength == pytest.approx((8 * 0.6 + 2) / 10)
+
+
+def test_further_scans_decide_between_the_best_and_not_about_trust():
+    many = records(10, 10)
+    for one in many:
+        trial = one["methods"].pop("map")["trial"]
+        effects = {"first": 1.0, "second": 0.9, "third": 0.45}
+        one["methods"] = {name: {"trial": {**trial, "effect": effect}} for name, effect in effects.items()}
+    further = [
+        {
+            **one,
+            "case": f"d{at}",
+            "methods": {"first": {"trial": {"effect": 0.1}}, "second": {"trial": {"effect": 1.0}}},
+        }
+        for at, one in enumerate(many)
+    ]
+    assert rank(many, AuditSection())[0].method == "first"
+    ranked = rank(many, AuditSection(), None, further)
+    assert [one.method for one in ranked] == ["second", "first", "third"]
+    assert [one.score for one in ranked] == [1.0, 0.5, 0.0]  # the third was not asked again
+    assert [one.trust for one in ranked if one.method == "first"] == [
+        one.trust for one in rank(many, AuditSection()) if one.method == "first"
+    ]
+
+
+def test_a_run_off_takes_the_scans_that_are_left(lesions):
+    found = choose(explainer(planted.Bright()), lesions, {"gxi": GradientTimesInput()}, SETTINGS, scans=9)
+    assert found.scans == 9
+    assert found.recommended == "gxi"
+    assert len(found.records) == 9
 
 
 def test_effects_are_told_in_spreads_of_the_score_and_small_ones_are_not_trusted():

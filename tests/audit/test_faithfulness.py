@@ -10,6 +10,7 @@ from volsal.audit.faithfulness import (
     ball_at,
     boxes,
     deletion,
+    delta_areas,
     delta_aupc,
     displaced,
     faithfulness_correlation,
@@ -122,6 +123,36 @@ def test_a_true_map_beats_chance_and_a_false_one_does_not(control):
     assert true.p_value == 1 / 20
     assert true.least_first.area > true.most_first.area
     assert delta_aupc(scorer, volume, maps["false"], zero, control, draws=19, steps=10).p_value > 0.2
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_areas_of_a_score_that_hangs_on_one_voxel(sign):
+    """The score falls in the step in which the voxel goes: the area is that of the steps before, and half of it."""
+    shape, voxel = (10, 10, 10), (4, 5, 6)
+    values = np.random.default_rng(0).random(shape)
+    values[voxel] = 2
+    values *= sign
+    volume = torch.ones(1, 1, *shape, dtype=torch.float64)
+
+    def score(volumes):
+        return volumes[(slice(None), 0, *voxel)]
+
+    found = delta_areas(Scorer(score), volume, values, torch.zeros_like(volume), draws=4, steps=10)
+    own = 0.05 if sign == 1 else 0.95  # first of all, or last of all
+
+    def area(control):
+        rank = np.searchsorted(np.sort(-control.ravel()), -control[voxel])
+        return 0.1 * (rank * 10 // control.size) + 0.05
+
+    draws = [np.random.default_rng((0, draw)) for draw in range(4)]
+    permuted = np.mean([area(random.random(shape)) for random in draws])
+    draws = [np.random.default_rng((0, draw)) for draw in range(4)]
+    moved = np.mean([area(displaced(values, random)) for random in draws])
+    for kind in ("deletion", "insertion"):
+        assert found[kind]["permuted"] == pytest.approx(permuted - own)
+        assert found[kind]["displaced"] == pytest.approx(moved - own)
+    empty = delta_areas(Scorer(score), volume, np.zeros(shape), torch.zeros_like(volume))
+    assert isinstance(empty, Undefined)
 
 
 def test_a_displaced_map_has_the_same_values_elsewhere():

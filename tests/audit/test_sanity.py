@@ -79,6 +79,18 @@ def test_only_the_layers_named_are_drawn_anew_and_the_model_stays(net, inputs):
     assert changed(other, else_)
 
 
+@pytest.mark.parametrize("mode", ["cascading", "independent"])
+def test_some_depths_of_a_cascade_are_those_of_the_whole_one(net, inputs, mode):
+    def explain(model):
+        volume = inputs[:1].clone().requires_grad_(True)
+        return torch.autograd.grad(model(volume)[0, 0], volume)[0][0, 0].detach().numpy()
+
+    layers = parameterised(net, inputs[:1])
+    whole = list(randomisation(net, explain, GRID, layers, mode, inputs=inputs))
+    some = list(randomisation(net, explain, GRID, layers, mode, inputs=inputs, depths=(2, len(layers))))
+    assert some == [whole[1], whole[-1]]
+
+
 def test_a_network_is_not_drawn_again_as_it_was_made():
     torch.manual_seed(0)
     layer = nn.Conv3d(2, 3, 3)

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from volsal.audit.metric import MetricError, Undefined
-from volsal.audit.similarity import MEASURES, peak_distance_mm, pearson, similarity, spearman, ssim, top_dice
+from volsal.audit.similarity import MEASURES, Compared, peak_distance_mm, pearson, similarity, spearman, ssim, top_dice
 from volsal.grid import Grid
 
 
@@ -73,6 +73,14 @@ def test_what_does_not_count_has_no_say(maps, oblique):
     within[2:7, 1:6, 3:9] = True
     changed = np.where(within, maps[1], 1000.0)
     assert similarity(maps[0], changed, grid, within) == similarity(maps[0], maps[1], grid, within)
+
+
+def test_a_map_that_is_prepared_once_is_like_each_other_as_one_by_one(maps):
+    grid, within = Grid(maps[0].shape, np.eye(4)), maps[0] > -1
+    third = np.abs(maps[1])
+    once = Compared(maps[0], grid, within)
+    for other in (maps[1], third, maps[0]):
+        assert once.with_(Compared(other, grid, within)) == similarity(maps[0], other, grid, within)
 
 
 def test_there_is_no_similarity_to_nothing(maps):

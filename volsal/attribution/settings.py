@@ -9,7 +9,7 @@ from volsal.errors import VolsalError
 
 
 class SettingError(VolsalError, ValueError):
-    """A setting of a method that has no meaning, or none for this model and volume."""
+    """A setting that has no meaning, or none for this model and volume, or settings that do not fit each other."""
 
 
 def require_layer(method: str, layer: Any) -> None:

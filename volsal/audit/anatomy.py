@@ -4,8 +4,8 @@ A region is a mask on the map's grid.  Its share of the evidence says little by 
 any map and a marker of a few voxels little of the truest one; the density, share of evidence over share of volume, is
 what compares.
 
-Burned-in text and the table are not looked for: no simple rule told them from implants and blankets.  Evidence on
-either lies outside the body, and is counted there.
+A table, a headrest and burned-in text are told from air by their intensity, and text from things by its one exact
+value, which nothing has that was measured; all of this outside the body only, where no implant is taken for text.
 """
 
 from __future__ import annotations
@@ -42,8 +42,14 @@ _BONE_MM = 8.0
 _FIELD_SHARES = (0.02, 0.98)
 _LARGEST_SHARE = 0.7
 _SEPARATED = 0.7
+# A part outside the body of at least so many voxels, of which this share has one exact value, was not measured.
+_MARK_VOXELS, _MARK_SHARE = 8, 0.9
 # Evidence ends at the field's edge exactly, so rounding must not decide.
 _ROUNDING = 1e-9
+
+
+#: What :func:`beside_body` finds, as regions of an evidence budget.
+THINGS, MARKS = "on things outside the body", "on marks of one value outside the body"
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,12 +235,12 @@ def body_mask(array: NDArray, grid: Grid, modality: Modality | None = None) -> B
     require_on(grid, scan=array)
     if not np.isfinite(array).all():
         return _unsure(array, "the scan holds NaN or infinity")
-    steps = [max(1, int(_BODY_MM / mm + _ROUNDING)) for mm in grid.spacing]
-    coarse = array[tuple(slice(None, None, step) for step in steps)].astype(np.float32)
+    coarse = array[_steps(grid)].astype(np.float32)
+    steps = [of.step for of in _steps(grid)]
     spacing = grid.spacing * steps
-    if modality is None:
-        modality = "CT" if float((coarse < _SURE_AIR_HU).mean()) > 0.01 else "MR"
-    tissue, separated, how = _tissue(coarse, modality)
+    modality = modality or _modality(coarse)
+    level, separated, how = _level(coarse, modality)
+    tissue = coarse > level
     if not tissue.any() or tissue.all():
         return _unsure(array, f"{how} there is {'everything' if tissue.any() else 'nothing'}")
     # In MR bone is dark, and would part the scalp, which is thin, from the brain.
@@ -257,12 +263,57 @@ def _unsure(array: NDArray, reason: str) -> Body:
     return Body(np.ones(array.shape, bool), False, f"the whole field, since {reason}")
 
 
-def _tissue(array: NDArray[np.float32], modality: Modality) -> tuple[NDArray[np.bool_], float, str]:
-    """What is no air, how well it is told from that (a share of the variance), and how."""
+def beside_body(array: NDArray, grid: Grid, body: Body, modality: Modality | None = None) -> dict[str, NDArray]:
+    """What is no air outside the body of a scan (I, J, K), and which of it was drawn: regions by name, (I, J, K) bool.
+
+    :data:`THINGS`: above the level that tells tissue from air (see :func:`body_mask`): a table, a headrest, tubes,
+    text, ghosts.  Skin that the body's mask leaves out counts too, so that a margin about the body is to be taken off.
+    :data:`MARKS`: those connected parts of them, of 8 voxels or more, of which nine tenths have one exact value: text
+    and marks that were drawn into the image, or something so bright that all of it is cut off at one value.
+
+    Nothing where the body is not sure.
+    """
+    require_on(grid, scan=array, body=body.mask)
+    nothing = np.zeros(array.shape, bool)
+    if not body.sure:
+        return {THINGS: nothing, MARKS: nothing}
+    coarse = array[_steps(grid)].astype(np.float32)
+    things = (array > _level(coarse, modality or _modality(coarse))[0]) & ~body.mask
+    return {THINGS: things, MARKS: _of_one_value(array, things)}
+
+
+def _of_one_value(array: NDArray, things: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The connected parts that have nearly one value."""
+    if not things.any():
+        return things
+    parts = components(things)
+    part, value = parts[things], array[things]
+    order = np.lexsort((value, part))
+    part, value = part[order], value[order]
+    starts = np.flatnonzero(np.concatenate([[True], (part[1:] != part[:-1]) | (value[1:] != value[:-1])]))
+    runs = np.diff(np.append(starts, len(part)))
+    longest = np.zeros(int(parts.max()) + 1, np.int64)
+    np.maximum.at(longest, part[starts], runs)
+    sizes = np.bincount(part, minlength=len(longest))
+    marks = (sizes >= _MARK_VOXELS) & (longest >= _MARK_SHARE * sizes)
+    return np.asarray(marks[parts])
+
+
+def _steps(grid: Grid) -> tuple[slice, ...]:
+    """Every so many voxels along each axis, for about 2 mm."""
+    return tuple(slice(None, None, max(1, int(_BODY_MM / mm + _ROUNDING))) for mm in grid.spacing)
+
+
+def _modality(coarse: NDArray[np.float32]) -> Modality:
+    return "CT" if float((coarse < _SURE_AIR_HU).mean()) > 0.01 else "MR"
+
+
+def _level(array: NDArray[np.float32], modality: Modality) -> tuple[float, float, str]:
+    """Above what is no air, how well that is told from air (a share of the variance), and how."""
     if modality == "CT":
-        return array > _AIR_HU, 1.0, f"above {_AIR_HU:g} HU"
+        return _AIR_HU, 1.0, f"above {_AIR_HU:g} HU"
     level, separated = _otsu(array)
-    return array > level, separated, f"above {level:.4g}, Otsu's threshold"
+    return level, separated, f"above {level:.4g}, Otsu's threshold"
 
 
 def _doubts(separated: float, share: float, kept: float) -> list[str]:

@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from volsal.attribution import (
+    DeepLIFT,
     GradCAM,
     GradientTimesInput,
     GuidedBackprop,
@@ -29,12 +31,15 @@ from volsal.attribution import (
     default_layer,
     list_layers,
 )
-from volsal.audit.examine import Deep, deepen, examine
+from volsal.attribution.settings import SettingError
+from volsal.audit.checks import deepen
+from volsal.audit.examine import examine
 from volsal.audit.metric import Undefined
+from volsal.audit.probe import Probe, peak_of
 from volsal.audit.sanity import parameterised, randomised
 from volsal.audit.subject import subject_of
 from volsal.audit.trust import TRUSTED, UNDECIDED, Trust, answers_alike, judge, scaled, spreads
-from volsal.choices import SettingsError, method_names
+from volsal.choices import method_names
 from volsal.config import AuditSection
 from volsal.errors import VolsalError
 from volsal.explain import Explainer
@@ -44,9 +49,12 @@ NONE = "none of these can be trusted for this model"
 TOO_FEW = "the scans are too few to say which of these can be trusted"
 # So many earlier layers are tried, the deepest of each resolution.
 _EARLIER = 3
-# Of the best candidates, so many are put to the sanity and stability checks.
+# Of the best candidates, so many are put to the sanity and stability checks, and to a run-off on so many more scans.
 _FINALISTS = 4
+_RUN_OFF = 36
 _PATH_STEPS = 16
+# A peak is as good as the best where the score moves by this share of what it moves there.
+_DECISIVE = 0.5
 
 
 @dataclass(frozen=True)
@@ -56,13 +64,16 @@ class Scored:
     Attributes
     ----------
     method : its name
-    score : how much the score moves at its peaks, as a share of what it moves at the best candidate's, mean over the
-        scans with a trusted answer; undefined where no candidate moves it
+    score : in which share of the scans with a trusted answer the score moves at its peak by at least half of what it
+        moves at the best candidate's; undefined where no candidate moves it
+    strength : how much it moves there, as a share of what it moves at the best candidate's, mean over these scans; of
+        equal scores the stronger is the better
     trust : its case for each answer of the model
     """
 
     method: str
     score: float | Undefined
+    strength: float
     trust: tuple[Trust, ...]
 
     @property
@@ -121,6 +132,7 @@ class Choice:
                 {
                     "method": one.method,
                     "score": None if isinstance(one.score, Undefined) else one.score,
+                    "strength": one.strength,
                     "trusted for": list(one.answers),
                     "words": [trust.words for trust in one.trust],
                 }
@@ -138,6 +150,7 @@ def candidates_of(model: nn.Module, volume: Tensor, methods: Mapping[str, Method
     given = dict(methods or {})
     usual: list[Method] = [
         GuidedBackprop(), GradientTimesInput(), InputGradient(), IntegratedGradients(steps=_PATH_STEPS, tolerance=None),
+        DeepLIFT(),
     ]  # fmt: skip
     last: str | None
     try:
@@ -194,7 +207,7 @@ def choose(
     candidates: Mapping[str, Method] | None = None,
     settings: AuditSection | None = None,
     *,
-    scans: int = 12,
+    scans: int = 24,
     minutes: float | None = None,
     progress: Callable[[str, int, int], None] | None = None,
     **reading: Any,
@@ -204,14 +217,14 @@ def choose(
     Parameters
     ----------
     explainer : of the model; its methods are candidates too
-    cases : of which up to ``scans`` are taken; masks are not looked at
+    cases : of which up to ``scans`` are taken, and some more to tell the best apart; masks are not looked at
     candidates : by name, in place of the explainer's methods and the usual ones
     minutes : no further scan is begun after so many, and at least one is
     reading : as for :func:`volsal.scans.read_case`
 
     Raises
     ------
-    SettingsError
+    SettingError
         Where no scan can be used.
     """
     settings = settings or AuditSection.model_validate({})
@@ -230,20 +243,23 @@ def choose(
             continue
         if candidates is None:
             own = dict(zip(explainer.names, explainer.methods, strict=True))
-            candidates = candidates_of(explainer.model, explainer.at_once(subject.volume), own)
+            candidates = candidates_of(subject.model, explainer.at_once(subject.volume), own)
         records.append(examine(subject, candidates, settings, seed=number, regions=False))
         used.append(case)
         if progress:
             progress("scans", number + 1, len(chosen))
     if not records or candidates is None:
         reasons = "; ".join(dict.fromkeys(skipped.values())) or "there are none"
-        raise SettingsError(f"none of {len(chosen)} scans can be used: {reasons}")
+        raise SettingError(f"none of {len(chosen)} scans can be used: {reasons}")
     target = explainer.targets[0]
     ranked = rank(records, settings, target)
     finalists = tuple(one.method for one in ranked if one.answers)[:_FINALISTS]
     if finalists:
-        _check(explainer, used, records, {n: candidates[n] for n in finalists}, settings, clock, minutes, reading)
-        ranked = rank(records, settings, target)
+        left = {name: candidates[name] for name in finalists}
+        _check(explainer, used, records, left, settings, clock, minutes, reading)
+        others = sampled(cases, scans + _RUN_OFF)[len(chosen) :] if len(chosen) == scans else []
+        further = _run_off(explainer, others, left, settings, clock, minutes, reading)
+        ranked = rank(records, settings, target, further)
     best = ranked[0].method if ranked and ranked[0].answers else None
     method = candidates[best] if best else None
     seconds = time.monotonic() - clock
@@ -273,27 +289,83 @@ def _check(
         if minutes is not None and time.monotonic() - clock > 60 * minutes:
             break
         subject = subject_of(explainer, case, **reading)
-        twin = twin or twin_of(explainer.model, explainer.at_once(subject.volume))
-        deepen(record["methods"], subject, finalists, Deep(twin), settings)
+        twin = twin or twin_of(subject.model, explainer.at_once(subject.volume))
+        deepen(record["methods"], subject, finalists, twin, settings)
 
 
-def rank(records: Sequence[dict[str, Any]], settings: AuditSection, target: Any = None) -> list[Scored]:
-    """The methods of the records: first those that are trusted, by how much the score moves at their peaks."""
+def _run_off(
+    explainer: Explainer,
+    cases: Sequence[Case],
+    finalists: Mapping[str, Method],
+    settings: AuditSection,
+    clock: float,
+    minutes: float | None,
+    reading: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    """What the score loses at the finalists' peaks in further scans, without balls elsewhere, which cost the most."""
+    found: list[dict[str, Any]] = []
+    for case in cases:
+        if minutes is not None and time.monotonic() - clock > 60 * minutes:
+            break
+        try:
+            subject = subject_of(explainer, case, **reading)
+        except VolsalError:
+            continue  # it is not needed
+        probe = Probe(subject, settings.radius_mm, settings.controls, settings.blur_mm)
+        methods: dict[str, Any] = {}
+        for name, values in subject.maps(finalists).items():
+            peak = values if isinstance(values, Undefined) else peak_of(values)
+            if isinstance(peak, Undefined):
+                methods[name] = {"undefined": peak.reason}
+            else:
+                methods[name] = {"trial": {"effect": float(probe.effects(peak[None])[0])}}
+        outputs, score = subject.says(subject.volume), float(subject.score(subject.volume)[0])
+        found.append(
+            {"case": subject.case, "answer": subject.answer, "outputs": outputs, "score": score, "methods": methods}
+        )
+    return found
+
+
+def rank(
+    records: Sequence[dict[str, Any]],
+    settings: AuditSection,
+    target: Any = None,
+    further: Sequence[dict[str, Any]] = (),
+) -> list[Scored]:
+    """The methods of the records: first those that are trusted, by how often the score moves at their peaks.
+
+    ``further`` records, of some methods, count for that and not for trust.  How often, since within the evidence the
+    ball's place decides how much.
+    """
     trust: dict[str, list[Trust]] = {}
     for one in judge(records, settings, target):
         trust.setdefault(one.method, []).append(one)
-    spread = spreads(records, target)
+    everything = [*records, *further]
+    spread = spreads(everything, target)
     believed = {one.answer for each in trust.values() for one in each if one.verdict == TRUSTED}
-    counted = [r for r in records if r["answer"] in believed] or list(records)
+    counted = [r for r in everything if r["answer"] in believed] or everything
     if answers_alike(records, settings):
-        counted = list(records)
-    effects = {name: [scaled(record, name, spread) for record in counted] for name in trust}
-    table = np.array([[0.0 if isinstance(x, Undefined) else max(x, 0.0) for x in each] for each in effects.values()])
-    best = table.max(axis=0)
+        counted = everything
+    table = np.array([[_moved_by(record, name, spread) for record in counted] for name in trust])
+    best = np.nanmax(table, axis=0)
     shares = table[:, best > 0] / best[best > 0]
-    scores = [float(share.mean()) if share.size else Undefined("nothing moves the score") for share in shares]
-    found = [Scored(name, score, tuple(trust[name])) for name, score in zip(trust, scores, strict=True)]
-    return sorted(found, key=lambda one: (not one.answers, _below(one)))
+    found = [_scored(name, share, trust[name]) for name, share in zip(trust, shares, strict=True)]
+    return sorted(found, key=lambda one: (not one.answers, _below(one), -one.strength))
+
+
+def _moved_by(record: Mapping[str, Any], name: str, spread: Mapping[str, float]) -> float:
+    """By how much the score falls at a method's peak; NaN where the method was not asked."""
+    if name not in record["methods"]:
+        return float("nan")
+    found = scaled(record, name, spread)
+    return 0.0 if isinstance(found, Undefined) else max(found, 0.0)
+
+
+def _scored(name: str, shares: NDArray[np.float64], trust: Sequence[Trust]) -> Scored:
+    shares = shares[~np.isnan(shares)]
+    if not shares.size:
+        return Scored(name, Undefined("nothing moves the score"), 0.0, tuple(trust))
+    return Scored(name, float((shares >= _DECISIVE).mean()), float(shares.mean()), tuple(trust))
 
 
 def _below(one: Scored) -> float:

@@ -7,21 +7,22 @@ taken up.  A figure is a number, or ``{"undefined": why}``; all places are mm in
                                   whether outputs are logits of classes
 ``body``                          ``sure``, ``said``, ``share`` of the field
 ``grid``                          of the model's input
-``brightness``                    see :func:`volsal.audit.shortcuts.brightness_of`
 ``methods``                       by name: ``trial`` (see :func:`trial_of`) at the map's peak, ``where`` that is in
-                                  words, ``in_body``; by region ``regions``: its share of the volume and of the
-                                  evidence, and density, and ``suspects``: the trial at the map's highest place there;
-                                  ``masks``: by mask and metric the value and that of each null; ``anatomy``: as
-                                  ``regions``, by label map and label; of some scans ``sanity``, ``stability``,
-                                  ``deletion``; or ``undefined``: why the method has no map here
+                                  words, ``in_body``; ``suspects``: by region the trial at the map's highest place
+                                  there; the claims of :func:`claims_of`; of some scans ``random weights``: the claims
+                                  of the map of random weights, and what :mod:`volsal.audit.checks` adds; or
+                                  ``undefined``: why the method has no map here
+``references``                    the claims of maps that know no model, by name: see
+                                  :func:`volsal.audit.nulls.references`
 ``masks``                         by name: ``effect`` of removing it on the score, ``voxels``
+``agreement``                     of some scans: see :func:`volsal.audit.checks.agreement_of`
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -30,39 +31,44 @@ from torch import nn
 
 from volsal.attribution import Context, Method
 from volsal.attribution.alignment.alignment import HalfPixel
-from volsal.audit.anatomy import Share, budget, budget_of_labels
-from volsal.audit.faithfulness import Scorer, delta_aupc, remove_region, removed
+from volsal.audit.anatomy import Body, Share, beside_body, budget, budget_of_labels
+from volsal.audit.faithfulness import Scorer, remove_region, removed
 from volsal.audit.localization import localization
 from volsal.audit.metric import Figure, Undefined
-from volsal.audit.nulls import null_tests
+from volsal.audit.nulls import Null, null_tests, references
 from volsal.audit.probe import Probe, Trial, peak_of
-from volsal.audit.shortcuts import brightness_of, regions_of, where_of
-from volsal.audit.similarity import similarity
-from volsal.audit.stability import Gain, Movement, Noise, Nuisance, stability
+from volsal.audit.shortcuts import OUTSIDE, regions_of, where_of
 from volsal.audit.subject import Subject
 from volsal.config import AuditSection
+from volsal.resampling import resample
 
 #: Localisation figures that are reported; all of them are in :mod:`volsal.audit.localization`.
-REPORTED = ("pointing game", "relevance mass", "enrichment", "AUPRC", "peak to mask, mm")
-# Nulls are drawn so often for each scan; the p-values are of the cohort's figures, not of one scan.
+REPORTED = (
+    "pointing game", "lesion hit rate", "relevance mass", "relevance rank", "enrichment", "AUPRC", "peak to mask, mm",
+    "peak to centroid, mm", "centroid to centroid, mm", "peak to surface, mm",
+)  # fmt: skip
+#: Random nulls of localisation that are reported beside them.
+RANDOM: tuple[Null, ...] = ("permuted", "smooth", "moved mask")
+# They are drawn so often for each scan; the p-values are of the cohort's figures, not of one scan.
 _NULL_DRAWS = 5
-_NUISANCES: tuple[Nuisance, ...] = (Noise(), Gain(), Movement((0, 0, 0), (3.0, 2.0, 4.0)))
 _FEW_LABELS = 4
-_DELETION_STEPS, _DELETION_CONTROLS = 10, 3
 
 
 @dataclass(frozen=True, eq=False)
-class Deep:
-    """What is asked of some scans only, for it costs more.
+class Places:
+    """What a scan's map may lie on.
 
     Attributes
     ----------
-    twin : the model with random weights
-    deletion : the methods in whose order voxels are deleted, for those that are asked about
+    regions : (I, J, K) bool each, by name
+    masks : the same of lesions
+    labels : (I, J, K) label maps by name, and of some what their labels are called
     """
 
-    twin: nn.Module
-    deletion: tuple[str, ...] = ()
+    regions: Mapping[str, NDArray[np.bool_]]
+    masks: Mapping[str, NDArray[np.bool_]]
+    labels: Mapping[str, NDArray[np.integer]]
+    names: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
 
 
 def examine(
@@ -73,6 +79,7 @@ def examine(
     *,
     seed: int = 0,
     regions: bool = True,
+    twin: nn.Module | None = None,
 ) -> dict[str, Any]:
     """The figures of one scan as plain data; see the module's own words.
 
@@ -81,16 +88,21 @@ def examine(
     methods : by the names they go by
     labels : (I, J, K) masks or label maps on the subject's grid, by name
     seed : of the places that balls are compared with
-    regions : whether balls are also tried where no evidence should be, and the whole input made darker and brighter
+    regions : whether balls are also tried where no evidence should be, and reference maps put beside the methods'
+    twin : the model with random weights, for the claims of its maps
     """
     clock = time.monotonic()
     probe = Probe(subject, settings.radius_mm, settings.controls, settings.blur_mm, seed)
-    masks = masks_of(labels or {})
-    places = regions_of(subject, settings) if regions else {}
-    found = {
-        name: _of_map(values, probe, places, settings, masks, labels or {})
-        for name, values in subject.maps(methods).items()
-    }
+    tried = regions_of(subject, settings) if regions else {}
+    things = _things(subject, tried) if regions else {}
+    places = Places({**tried, **things}, masks_of(labels or {}), labels or {}, settings.label_names)
+    found = {name: _of_map(values, probe, tried, places, settings) for name, values in subject.maps(methods).items()}
+    if twin is not None:
+        for name, values in subject.maps(methods, model=twin, context=unmeasured(subject)).items():
+            if "undefined" not in found[name]:
+                found[name]["random weights"] = claims_of(values, subject, places, settings)
+    image = subject.volume[0, 0].float().cpu().numpy()
+    beside = references(subject.grid, image) if regions else {}
     return {
         "case": subject.case,
         "answer": subject.answer,
@@ -105,11 +117,29 @@ def examine(
         },
         "grid": {"shape": list(subject.grid.shape), "affine": subject.grid.affine.tolist()},
         "field_centre_mm": _listed(subject.grid.world((np.array(subject.grid.shape) - 1) / 2)),
-        "brightness": brightness_of(subject) if regions else None,
-        "masks": _without_masks(subject, masks, settings),
+        "masks": _without_masks(subject, places.masks, settings),
         "methods": found,
+        "references": {name: claims_of(values, subject, places, settings) for name, values in beside.items()},
         "seconds": round(time.monotonic() - clock, 3),
     }
+
+
+def _things(subject: Subject, tried: Mapping[str, NDArray[np.bool_]]) -> dict[str, NDArray[np.bool_]]:
+    """What lies beside the body, on the subject's grid; the margin about the body is taken off, as of all regions."""
+    if OUTSIDE not in tried:
+        return {}
+    scan = subject.ready.scan
+    body = resample(subject.body.mask.astype(np.float32), subject.grid, scan.grid) >= 0.5
+    found = beside_body(scan.array, scan.grid, Body(body, True, subject.body.said))
+    return {
+        name: (resample(of.astype(np.float32), scan.grid, subject.grid) >= 0.5) & tried[OUTSIDE]
+        for name, of in found.items()
+    }
+
+
+def unmeasured(subject: Subject) -> Context:
+    """In which maps of different weights are compared: where cells lie is measured from trained ones."""
+    return Context(HalfPixel(), subject.grid, subject.case, folder=subject.context.folder)
 
 
 def masks_of(labels: Mapping[str, NDArray[np.integer]]) -> dict[str, NDArray[np.bool_]]:
@@ -153,10 +183,9 @@ def figure(data: Any) -> Figure:
 def _of_map(
     values: NDArray | Undefined,
     probe: Probe,
-    regions: Mapping[str, NDArray[np.bool_]],
+    tried: Mapping[str, NDArray[np.bool_]],
+    places: Places,
     settings: AuditSection,
-    masks: Mapping[str, NDArray[np.bool_]],
-    labels: Mapping[str, NDArray[np.integer]],
 ) -> dict[str, Any]:
     if isinstance(values, Undefined):
         return {"undefined": values.reason}
@@ -168,13 +197,31 @@ def _of_map(
     return {
         "trial": trial_of(trial),
         "in_body": bool(subject.body.mask[tuple(trial.voxel)]),
-        "where": where_of(subject, trial.voxel, regions),
-        "regions": {share.region: _share(share) for share in budget(values, regions)},
-        "suspects": _suspects(values, probe, regions),
-        "masks": {name: _on_mask(values, mask, subject, settings) for name, mask in masks.items()},
+        "where": where_of(subject, trial.voxel, places.regions),
+        "suspects": _suspects(values, probe, tried, places.regions),
+        **claims_of(values, subject, places, settings, RANDOM),
+    }
+
+
+def claims_of(
+    values: NDArray | Undefined, subject: Subject, places: Places, settings: AuditSection, nulls: Sequence[Null] = ()
+) -> dict[str, Any]:
+    """Where a map says that the evidence lies.
+
+    Returns
+    -------
+    ``regions``: by region its share of the ``volume`` and of the ``evidence``, and ``density``, the second over the
+    first; ``anatomy``: the same by label map and label; ``masks``: by mask and metric the ``value`` and the mean of
+    each of ``nulls``.  Or ``undefined``: why the map has no place.
+    """
+    if isinstance(values, Undefined):
+        return {"undefined": values.reason}
+    return {
+        "regions": {share.region: _share(share) for share in budget(values, places.regions)},
+        "masks": {name: _on_mask(values, mask, subject, settings, nulls) for name, mask in places.masks.items()},
         "anatomy": {
-            name: {share.region: _share(share) for share in budget_of_labels(values, of)}
-            for name, of in labels.items()
+            name: {share.region: _share(share) for share in budget_of_labels(values, of, places.names.get(name))}
+            for name, of in places.labels.items()
             if of.max() > 1
         },
     }
@@ -184,10 +231,15 @@ def _share(share: Share) -> dict[str, Any]:
     return {"volume": share.volume, "evidence": plain(share.evidence), "density": plain(share.density)}
 
 
-def _suspects(values: NDArray, probe: Probe, regions: Mapping[str, NDArray[np.bool_]]) -> dict[str, Any]:
+def _suspects(
+    values: NDArray,
+    probe: Probe,
+    tried: Mapping[str, NDArray[np.bool_]],
+    regions: Mapping[str, NDArray[np.bool_]],
+) -> dict[str, Any]:
     """The trial at the map's highest place in each region where no evidence should be."""
     found = {}
-    for name, region in regions.items():
+    for name, region in tried.items():
         at = peak_of(values, region) if region.any() else Undefined("the scan has no such region")
         trial = at if isinstance(at, Undefined) else probe.at(at)
         if not isinstance(trial, Undefined):
@@ -196,11 +248,11 @@ def _suspects(values: NDArray, probe: Probe, regions: Mapping[str, NDArray[np.bo
 
 
 def _on_mask(
-    values: NDArray, mask: NDArray[np.bool_], subject: Subject, settings: AuditSection
+    values: NDArray, mask: NDArray[np.bool_], subject: Subject, settings: AuditSection, nulls: Sequence[Null]
 ) -> dict[str, dict[str, Any]]:
     near = settings.tolerance_mm
     observed = localization(values, mask, subject.grid, REPORTED, tolerance_mm=near)
-    tests = null_tests(values, mask, subject.grid, ("smooth", "moved mask"), REPORTED, _NULL_DRAWS, tolerance_mm=near)
+    tests = null_tests(values, mask, subject.grid, nulls, REPORTED, _NULL_DRAWS, tolerance_mm=near)
     return {
         name: {"value": plain(value), **{test.null: plain(test.mean) for test in tests if test.metric == name}}
         for name, value in observed.items()
@@ -222,66 +274,6 @@ def _without_masks(
         for name, mask in masks.items()
         if mask.any()
     }
-
-
-def deepen(
-    found: dict[str, dict[str, Any]],
-    subject: Subject,
-    methods: Mapping[str, Method],
-    deep: Deep,
-    settings: AuditSection,
-) -> None:
-    """Add ``sanity``, ``stability`` and ``deletion`` of some methods to what :func:`examine` found of each."""
-    # Where cells lie is measured from trained weights; maps that are compared are placed by one rule.
-    half = Context(HalfPixel(), subject.grid, subject.case, folder=subject.context.folder)
-    for name, method in methods.items():
-        if "undefined" in found[name]:
-            continue
-        asked = {name: method}
-        found[name]["sanity"] = _sanity(subject, asked, name, deep.twin, half)
-        found[name]["stability"] = _stability(subject, asked, name, half, settings)
-        if name in deep.deletion:
-            found[name]["deletion"] = plain(_deleted(subject, subject.maps(asked)[name], settings))
-
-
-def _deleted(subject: Subject, values: NDArray | Undefined, settings: AuditSection) -> Figure:
-    """Delta AUPC against the map's own order displaced, in the score's unit."""
-    if isinstance(values, Undefined):
-        return values
-    baseline = removed(subject.volume, "blur", subject.grid, settings.blur_mm)
-    found = delta_aupc(
-        Scorer(subject.score), subject.volume, values, baseline, draws=_DELETION_CONTROLS, steps=_DELETION_STEPS
-    )
-    return found if isinstance(found, Undefined) else found.delta
-
-
-def _sanity(
-    subject: Subject, asked: Mapping[str, Method], name: str, twin: nn.Module, context: Context
-) -> dict[str, Any]:
-    """How alike the map is to that of random weights, in the body."""
-    trained = subject.maps(asked, context=context)[name]
-    random = subject.maps(asked, model=twin, context=context)[name]
-    if isinstance(trained, Undefined) or isinstance(random, Undefined):
-        return {"top_dice": {"undefined": "a map of the model or of random weights has no place"}}
-    alike = similarity(trained, random, subject.grid, subject.body.mask)
-    return {key: plain(getattr(alike, key)) for key in ("top_dice", "spearman", "spearman_abs")}
-
-
-def _stability(
-    subject: Subject, asked: Mapping[str, Method], name: str, context: Context, settings: AuditSection
-) -> dict[str, Any]:
-    """In which share of harmlessly changed copies the map peaks where it did."""
-
-    def explain(volume: Any) -> NDArray:
-        values = subject.maps(asked, volume, context=context)[name]
-        return np.zeros(subject.grid.shape, np.float32) if isinstance(values, Undefined) else values
-
-    found = stability(explain, subject.answer_to, subject.volume, subject.grid, _NUISANCES)
-    moved = [one.peak_mm for each in found for one in each.similarities]
-    if not moved:
-        return {"kept": {"undefined": "the model's answer changed under every change"}, "copies": 0}
-    stays = [not isinstance(mm, Undefined) and mm <= settings.radius_mm for mm in moved]
-    return {"kept": float(np.mean(stays)), "copies": len(moved)}
 
 
 def _middle(mask: NDArray[np.bool_], subject: Subject) -> list[float]:

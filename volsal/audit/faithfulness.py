@@ -29,6 +29,9 @@ Score = Callable[[Tensor], Tensor]
 Baseline = Literal["blur", "mean", "zero"] | Tensor
 
 Control = Literal["permuted", "displaced"]
+CONTROLS: tuple[Control, ...] = ("permuted", "displaced")
+Kind = Literal["deletion", "insertion"]
+KINDS: tuple[Kind, ...] = ("deletion", "insertion")
 
 # So many sets of random places that lie too near one another are passed over before it is said that there is no room.
 _TRIES = 500
@@ -146,7 +149,8 @@ def order_of(
     labels = np.arange(len(chosen)) if regions is None else np.unique(regions[counts], return_inverse=True)[1].ravel()
     sizes = np.bincount(labels)
     means = np.bincount(labels, chosen) / sizes
-    order = np.lexsort((np.random.default_rng(seed).random(len(means)), -means))
+    mixed = np.random.default_rng(seed).permutation(len(means))
+    order = mixed[np.argsort(-means[mixed], kind="stable")]
     before = np.empty(len(means))
     before[order] = np.cumsum(sizes[order]) - sizes[order]
     out = np.full(values.shape, np.inf)
@@ -240,8 +244,8 @@ def delta_aupc(
     flaw = flaw_of(values if within is None else values[within])
     if flaw:
         return flaw
-    if control not in ("permuted", "displaced"):
-        raise MetricError(f"unknown control {control!r}; known: permuted, displaced")
+    if control not in CONTROLS:
+        raise MetricError(f"unknown control {control!r}; known: {', '.join(CONTROLS)}")
     before = score.calls
     least, most = (
         deletion(score, volume, order_of(ordered, regions, within, seed), baseline, steps)
@@ -249,14 +253,53 @@ def delta_aupc(
     )
     controls = []
     for draw in range(draws):
-        random = np.random.default_rng((seed, draw))
-        shuffled = random.random(values.shape) if control == "permuted" else displaced(values, random)
-        order = order_of(shuffled, regions, within, seed)
+        order = order_of(_shuffled(values, control, seed, draw), regions, within, seed)
         controls.append(deletion(score, volume, order, baseline, steps))
     areas = [curve.area for curve in controls]
     delta = float(np.mean(areas)) - most.area
     chance = p_value(most.area, areas, "lower")
     return Deletion(most, least, tuple(controls), delta, chance, score.calls - before)
+
+
+def delta_areas(
+    score: Scorer,
+    volume: Tensor,
+    values: NDArray,
+    baseline: Tensor,
+    draws: int = 3,
+    steps: int = 10,
+    seed: int = 0,
+) -> dict[Kind, dict[Control, float]] | Undefined:
+    """How much better than by chance the score falls as voxels go in the map's order, and rises as they come back.
+
+    As :func:`delta_aupc`, for :func:`deletion` and :func:`insertion` beside both controls: for a deletion the mean area
+    of the controls minus the map's, for an insertion the reverse, so that above 0 is better than chance in each.
+    Without bounds, in the score's unit.  Undefined for a map that is empty, constant, or holds NaN.
+    """
+    flaw = flaw_of(values)
+    if flaw:
+        return flaw
+
+    def area(kind: Kind, order: NDArray[np.float64]) -> float:
+        run = deletion if kind == "deletion" else insertion
+        return (-1 if kind == "deletion" else 1) * run(score, volume, order, baseline, steps).area
+
+    own = order_of(values, seed=seed)
+    orders = {
+        control: [order_of(_shuffled(values, control, seed, draw), seed=seed) for draw in range(draws)]
+        for control in CONTROLS
+    }
+    found: dict[Kind, dict[Control, float]] = {}
+    for kind in KINDS:
+        reached = area(kind, own)
+        found[kind] = {name: reached - float(np.mean([area(kind, o) for o in of])) for name, of in orders.items()}
+    return found
+
+
+def _shuffled(values: NDArray, control: Control, seed: int, draw: int) -> NDArray:
+    """A map that is a control of ``values``."""
+    random = np.random.default_rng((seed, draw))
+    return random.random(values.shape) if control == "permuted" else displaced(values, random)
 
 
 def displaced(values: NDArray, random: np.random.Generator) -> NDArray:

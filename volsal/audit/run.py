@@ -4,32 +4,39 @@
 
 =================  ===================================================================================================
 ``version``        of this layout
-``verdicts``       a list of ``{name, verdict, rule, words, figures}``, the most important first; ``verdict`` is one of
-                   the words of :mod:`volsal.audit.trust` and :mod:`volsal.audit.verdicts`
-``metrics``        by method and then by name ``{value, low, high, n, patients, undefined, reasons}``: the statistic
-                   over scans with its 95 % bootstrap interval over patients, over how many scans, how many have no
-                   figure, and why.  ``null: NAME`` stands beside a figure that has nulls
+``verdicts``       a list of ``{name, verdict, rule, words, figures, part}``, the most important first; ``verdict`` is
+                   one of the words of :mod:`volsal.audit.trust`, :mod:`volsal.audit.verdicts` and
+                   :mod:`volsal.audit.check_verdicts`
+``metrics``        by method and then by name ``{value, low, high, n, patients, undefined, reasons, nulls}``: the
+                   statistic over scans with its 95 % bootstrap interval over patients, over how many scans, how many
+                   have no figure, and why; ``nulls``: by name the same of maps that know nothing
 ``suspicious``     a list of ``{case, reason, weight}``, the heaviest first; weight in spreads of the score over scans
 ``choice``         what `volsal choose` would say (:meth:`volsal.audit.choose.Choice.describe`); null where not asked
 ``map``            the method whose map says where to look for shortcuts
 ``cases``          the scans that the figures are of; ``skipped``: why others could not be used, by case
 ``answers``        how many scans the model gave each answer
-``cohort``         files with mean, variance and number of scans of the map, by answer; or ``none``: why
+``cohort``         mean maps of groups of scans: see :func:`volsal.audit.group_maps.group_maps`
 ``settings``       of the audit, with every threshold; ``environment``, ``weights_sha256``, ``target``, ``seconds``
+``parts``          the parts of the audit with their headings in CLAIM, TRIPOD+AI and FUTURE-AI; ``limits``: what no
+                   audit tells (:mod:`volsal.audit.standards`)
+``further``        of each further target of the explainer the same again; the first is the audit's own
 =================  ===================================================================================================
 
 ``<case>/audit.json`` holds one scan's figures (:mod:`volsal.audit.examine`) with the ``key`` of all that they depend
-on: while that stays, they are not computed again.  ``audit.csv`` has a row for each scan and method.
+on: while that stays, they are not computed again; ``<case>/audit-TARGET.json`` those of a further target.
+``audit.csv`` has a row for each scan, method and target.
 """
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -37,48 +44,56 @@ from typing import Any
 from torch import nn
 
 from volsal.attribution import Method, target_id
+from volsal.attribution.settings import SettingError
+from volsal.audit.check_verdicts import of_agreement, of_checks, remarks_of
+from volsal.audit.checks import agreement_of, check, deepen
 from volsal.audit.choose import Choice, choose, sampled, twin_of
-from volsal.audit.examine import REPORTED, Deep, deepen, examine, figure
+from volsal.audit.examine import examine
+from volsal.audit.exchange import exchange, of_exchange
+from volsal.audit.figures import metrics_of
 from volsal.audit.group_maps import group_maps
-from volsal.audit.metric import Figure
-from volsal.audit.statistics import summarise
+from volsal.audit.metric import Figure, Undefined
+from volsal.audit.standards import GROUPS, LIMITS, PLACE, SHORTCUTS, TRUST
+from volsal.audit.standards import described as parts_described
 from volsal.audit.subject import Subject, subject_of
-from volsal.audit.trust import TRUSTED, answers_alike, judge, scaled
+from volsal.audit.trust import TRUSTED, answers_alike, judge
 from volsal.audit.verdicts import (
     Evidence,
     Suspicion,
     Verdict,
-    described,
     group_differences,
-    of_brightness,
-    of_fixed,
     of_masks,
     of_regions,
     of_trust,
     trust_rule,
 )
-from volsal.choices import SettingsError
 from volsal.config import AuditSection
+from volsal.environment import environment
 from volsal.errors import VolsalError
-from volsal.explain import Explainer, environment
+from volsal.explain import Explainer
+from volsal.models import weights_digest
+from volsal.models.load import with_weights
 from volsal.run_folder import safe_cell
 from volsal.scans.find import Case
 from volsal.scans.labels import read_labels
-from volsal.scans.scan import file_digest
+from volsal.scans.scan import Scan, file_digest, read_scan
 from volsal.scans.write import replacing
 
-VERSION = 1
+VERSION = 2
 FILE, TABLE = "audit.json", "audit.csv"
 # Group columns that usually say whose scan it is.
 _PATIENT = ("patient", "patient_id", "subject", "subject_id", "participant_id")
-_CHOICE_SCANS = 12
+_CHOICE_SCANS = 24
 
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class Audit:
-    """What :func:`audit` found; see the module's words on ``audit.json``."""
+    """What :func:`audit` found of one target; see the module's words on ``audit.json``.
+
+    ``further`` is what it found of the explainer's further targets.
+    """
 
     verdicts: tuple[Verdict, ...]
     metrics: dict[str, dict[str, Any]]
@@ -86,6 +101,7 @@ class Audit:
     records: tuple[dict[str, Any], ...]
     choice: Choice | None = None
     about: dict[str, Any] = field(default_factory=dict)
+    further: tuple[Audit, ...] = ()
 
     def verdict(self, name: str) -> Verdict:
         """The verdict of that name; KeyError where there is none."""
@@ -95,6 +111,14 @@ class Audit:
         """As ``audit.json`` holds it."""
         return {
             "version": VERSION,
+            **self._own(),
+            "parts": parts_described(),
+            "limits": list(LIMITS),
+            "further": [one._own() for one in self.further],
+        }
+
+    def _own(self) -> dict[str, Any]:
+        return {
             "verdicts": [asdict(verdict) for verdict in self.verdicts],
             "metrics": self.metrics,
             "suspicious": [asdict(one) for one in self.suspicious],
@@ -107,8 +131,9 @@ class Audit:
         with replacing(folder / TABLE) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(_COLUMNS)
-            for row in _rows(self.records):
-                writer.writerow([safe_cell(cell) for cell in row])
+            for one in (self, *self.further):
+                for row in _rows(one.records, str(one.about.get("target", ""))):
+                    writer.writerow([safe_cell(cell) for cell in row])
         return folder / FILE
 
 
@@ -124,65 +149,242 @@ def audit(
 
     Parameters
     ----------
-    explainer : its methods are judged; its first target is what is explained
-    cases : with masks, label and groups where they are known
+    explainer : its methods are judged, for each of its targets; relative paths in ``settings`` start from its folder
+    cases : with masks, label, groups and the model's further inputs where they are known
     folder : the run folder, in which each case's figures are kept as they come; None: nothing is written
     reading : as for :func:`volsal.scans.read_case`
 
     Raises
     ------
-    SettingsError
+    SettingError
         Where no scan can be used.
+    ModelError, ScanError
+        Where the weights of random labels, or the template, cannot be read.
     """
-    clock = time.monotonic()
     settings = settings or AuditSection.model_validate({})
     chosen = sampled(list(cases), settings.scans)
-    own = dict(zip(explainer.names, explainer.methods, strict=True))
-    choice, best = None, None
-    if settings.candidates:
-        choice = choose(explainer, chosen, settings=settings, scans=_CHOICE_SCANS, progress=progress, **reading)
-        best = choice.recommended or choice.candidates[0].method
-    methods = own if choice is None or best in own else {**own, str(best): choice.tried[str(best)]}
-    records, skipped = _examined(explainer, chosen, methods, settings, folder, progress, reading)
-    if not records:
-        raise SettingsError(f"no scan can be audited: {'; '.join(dict.fromkeys(skipped.values())) or 'there is none'}")
-    by_case = {case.id: case for case in chosen}
-    patients = _patients(chosen, settings)
-    target = explainer.targets[0]
-    trust = judge(records, settings, target, patients)
-    best = best or _strongest(trust, list(methods))
-    evidence = Evidence.of(records, best, settings, target, patients)
-    regions, suspicious = of_regions(evidence)
-    about = {
-        "map": best,
-        "choice": choice.describe() if choice else None,
-        "cases": [record["case"] for record in records],
-        "skipped": skipped,
-        "answers": dict(Counter(record["answer"] for record in records)),
-        "cohort": group_maps(explainer, by_case, records, best, methods[best], folder, settings.min_scans, **reading)
-        if folder
-        else {"none": "nothing is written"},
-        "settings": settings.model_dump(),
-        "target": target_id(target),
-        "weights_sha256": explainer.weights_sha256,
-        "environment": environment(),
-        "seconds": round(time.monotonic() - clock, 1),
-    }
-    verdicts = [
-        *_of_model(records, settings),
-        *([_of_choice(choice, settings)] if choice else []),
-        *of_trust(trust, settings),
-        *regions,
-        of_fixed(evidence),
-        of_brightness(evidence),
-        *of_masks(evidence),
-        group_differences(evidence, _groups(records, by_case, settings)),
-    ]
-    metrics = _metrics(evidence, list(methods))
-    found = Audit(tuple(verdicts), metrics, tuple(suspicious), tuple(records), choice, about)
+    shuffled = None
+    if settings.random_labels:
+        shuffled = with_weights(explainer.model, settings.random_labels, explainer.folder)
+    template = read_scan(explainer.folder / settings.template) if settings.template else None
+    found = []
+    for number, target in enumerate(explainer.targets):
+        asked = copy.copy(explainer)
+        asked.targets = [target]
+        place = _Place(folder, f"-{target_id(target)}" if number else "")
+        found.append(_Asked(asked, chosen, settings, place, progress, reading, shuffled, template).audit())
+    whole = replace(found[0], further=tuple(found[1:]))
     if folder is not None:
-        found.write(folder)
-    return found
+        whole.write(folder)
+    return whole
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the figures of one target go, if anywhere; ``mark`` tells a further target's files."""
+
+    folder: Path | None
+    mark: str
+
+    def of(self, case: str) -> Path | None:
+        return self.folder / case / FILE.replace(".", f"{self.mark}.") if self.folder else None
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """An audit of one target: its explainer has that alone."""
+
+    explainer: Explainer
+    cases: Sequence[Case]
+    settings: AuditSection
+    place: _Place
+    progress: Progress | None
+    reading: Mapping[str, Any]
+    shuffled: nn.Module | None
+    template: Scan | None
+
+    def audit(self) -> Audit:
+        clock = time.monotonic()
+        explainer, settings = self.explainer, self.settings
+        choice, best, methods = self._chosen()
+        candidates = choice.tried if choice else methods
+        records, skipped = self._examined(methods, candidates)
+        if not records:
+            raise SettingError(
+                f"no scan can be audited: {'; '.join(dict.fromkeys(skipped.values())) or 'there is none'}"
+            )
+        by_case = {case.id: case for case in self.cases}
+        patients = _patients(self.cases, settings)
+        target = explainer.targets[0]
+        trust = judge(records, settings, target, patients)
+        best = best or _strongest(trust, list(methods))
+        evidence = Evidence.of(records, best, settings, target, patients)
+        checks = of_checks(evidence, list(methods))
+        regions, suspicious = of_regions(evidence)
+        groups = _groups(records, by_case, settings)
+        parts = {
+            TRUST: [
+                *_of_model(records, settings),
+                *([_of_choice(choice, settings)] if choice else []),
+                *of_trust(trust, settings, remarks_of(checks)),
+                *checks,
+                *of_agreement(evidence),
+            ],
+            SHORTCUTS: [
+                *regions,
+                *of_exchange(self._exchanges(), settings, patients, answers_alike(records, settings)),
+            ],
+            PLACE: of_masks(evidence),
+            GROUPS: [group_differences(evidence, groups)],
+        }
+        verdicts = [replace(one, part=part) for part, of in parts.items() for one in of]
+        about = {
+            "map": best,
+            "choice": choice.describe() if choice else None,
+            "cases": [record["case"] for record in records],
+            "skipped": skipped,
+            "answers": dict(Counter(record["answer"] for record in records)),
+            "cohort": self._cohort(records, by_case, groups, best, methods[best]),
+            "settings": settings.model_dump(),
+            "target": target_id(target),
+            "weights_sha256": explainer.weights_sha256,
+            "environment": environment(),
+            "seconds": round(time.monotonic() - clock, 1),
+        }
+        metrics = metrics_of(evidence, list(methods))
+        return Audit(tuple(verdicts), metrics, tuple(suspicious), tuple(records), choice, about)
+
+    def _chosen(self) -> tuple[Choice | None, str | None, dict[str, Method]]:
+        """What was chosen among the candidates, and the methods that are audited: the explainer's own and that."""
+        explainer, settings = self.explainer, self.settings
+        own = dict(zip(explainer.names, explainer.methods, strict=True))
+        if not settings.candidates:
+            return None, None, own
+        choice = choose(
+            explainer, self.cases, settings=settings, scans=_CHOICE_SCANS, progress=self.progress, **self.reading
+        )
+        best = choice.recommended or choice.candidates[0].method
+        return choice, best, own if best in own else {**own, best: choice.tried[best]}
+
+    def _cohort(
+        self,
+        records: Sequence[Mapping[str, Any]],
+        cases: Mapping[str, Case],
+        groups: Mapping[str, Mapping[str, str]],
+        name: str,
+        method: Method,
+    ) -> dict[str, Any]:
+        if self.place.folder is None:
+            return {"none": "nothing is written"}
+        answers = {str(record["case"]): str(record["answer"]) for record in records}
+        return group_maps(
+            self.explainer, cases, {"the model says": answers, **groups}, f"{name}{self.place.mark}", method,
+            self.place.folder, self.settings, self.template, **self.reading,
+        )  # fmt: skip
+
+    # ---- the scans
+
+    def _examined(
+        self, methods: Mapping[str, Method], candidates: Mapping[str, Method]
+    ) -> tuple[list[dict[str, Any]], dict[str, str]]:
+        """Each case's figures, from the run folder where it has them, and why others have none."""
+        records: list[dict[str, Any]] = []
+        skipped: dict[str, str] = {}
+        for number, case in enumerate(self.cases):
+            try:
+                records.append(self._record(number, methods, candidates))
+            except VolsalError as error:
+                skipped[case.id] = str(error)
+            if self.progress:
+                self.progress("audit", number + 1, len(self.cases))
+        return records, skipped
+
+    def _record(self, number: int, methods: Mapping[str, Method], candidates: Mapping[str, Method]) -> dict[str, Any]:
+        """One case's figures; they depend on no other case, but for where two scans' maps are compared."""
+        case, settings = self.cases[number], self.settings
+        deep = number < settings.checked
+        key = self._key(number, methods, candidates if deep else {})
+        record = _kept(self.place.of(case.id), key)
+        if record is not None:
+            return record
+        subject = subject_of(self.explainer, case, **self.reading)
+        asked = deep or bool(case.masks)
+        twin = twin_of(subject.model, self.explainer.at_once(subject.volume)) if asked else None
+        record = examine(subject, methods, settings, _labels(case, subject), seed=number, twin=twin)
+        if deep and twin is not None:
+            found = record["methods"]
+            deepen(found, subject, methods, twin, settings)
+            check(found, subject, methods, settings, self._other(number, subject.answer), self.shuffled)
+            record["agreement"] = agreement_of(subject, candidates, number)
+        place = self.place.of(case.id)
+        if place:
+            _write(place, {"key": key, **record})
+        return record
+
+    def _exchanges(self) -> dict[str, Any]:
+        """What goes along when it is exchanged between scans, from the run folder where it has that."""
+        keys = [self._key(number, {}, {}) for number in range(len(self.cases))]
+        key = sha256(json.dumps([*keys, self.settings.exchanged, self.settings.min_scans]).encode()).hexdigest()
+        place = self.place.folder / f"exchanges{self.place.mark}.json" if self.place.folder else None
+        found = _kept(place, key)
+        if found is None:
+            found = exchange(self.explainer, self.cases, self.settings, self.progress, **self.reading)
+            if place:
+                _write(place, {"key": key, **found})
+        return found
+
+    def _others(self, number: int) -> list[Case]:
+        """The other scans that are checked, beginning with the one after that number."""
+        checked = self.cases[: self.settings.checked]
+        return [*checked[number + 1 :], *checked[:number]]
+
+    def _other(self, number: int, answer: str) -> Subject | Undefined:
+        """Another scan with that answer, or else any other; why there is none."""
+        found: list[Subject] = []
+        for case in self._others(number):
+            with suppress(VolsalError):  # it is told where its own turn comes
+                found.append(subject_of(self.explainer, case, **self.reading))
+                if found[-1].answer == answer:
+                    return found[-1]
+        return found[0] if found else Undefined("no other scan is checked")
+
+    def _key(self, number: int, methods: Mapping[str, Method], candidates: Mapping[str, Method]) -> str:
+        """Of all that a case's figures depend on; thresholds of the verdicts are no part of it."""
+        explainer, settings, deep = self.explainer, self.settings, number < self.settings.checked
+        asked = (
+            "radius_mm", "blur_mm", "controls", "tolerance_mm", "body_margin_mm", "border_mm", "mirror", "label_names",
+        )  # fmt: skip
+        content = {
+            "version": VERSION,
+            "weights": explainer.weights_sha256,
+            "preprocess": repr(explainer.preprocess),
+            "target": repr(explainer.targets[0]),
+            "methods": {name: repr(method) for name, method in methods.items()},
+            "alignment": explainer.align.id,
+            "classes": explainer.classes,
+            "windows": repr(explainer.windows),
+            "settings": {name: getattr(settings, name) for name in asked},
+            "candidates": {name: repr(method) for name, method in candidates.items()},
+            "random_labels": weights_digest(self.shuffled) if self.shuffled is not None and deep else None,
+            "seed": number,
+            "reading": repr(sorted(self.reading.items())),
+            "files": _digests(self.cases[number]),
+            "others": [_digests(case) for case in self._others(number)] if deep else None,
+        }
+        return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _digests(case: Case) -> list[Any]:
+    """Of all that a case is made of; None for a file that cannot be read."""
+    given = [[name, _digest(x) if isinstance(x, Path) else list(x)] for name, x in case.given.items()]
+    return [*(_digest(path) for path in (*case.paths, *case.masks.values())), given]
+
+
+def _digest(path: Path) -> str | None:
+    try:
+        return file_digest(path)
+    except VolsalError:
+        return None
 
 
 def _of_model(records: Sequence[Mapping[str, Any]], settings: AuditSection) -> list[Verdict]:
@@ -194,8 +396,9 @@ def _of_model(records: Sequence[Mapping[str, Any]], settings: AuditSection) -> l
 
 def _of_choice(choice: Choice, settings: AuditSection) -> Verdict:
     rule = (
-        "of the maps that are trusted by the rule below the one at whose peaks the score moves most, chosen on "
-        f"{choice.scans} scans without masks; {trust_rule(settings)}"
+        "of the maps that are trusted by the rule below the one at whose peaks the score most often moves by at least "
+        "half of what it moves at the best map's (of equals: moves more), chosen without masks on "
+        f"{choice.scans} scans, and of the best few on others too; {trust_rule(settings)}"
     )
     scores = {one.method: figure_or_none(one.score) for one in choice.candidates}
     return Verdict("recommended map", choice.recommended or "none", rule, ". ".join(choice.words), {"scores": scores})
@@ -211,75 +414,8 @@ def _strongest(trust: Sequence[Any], names: Sequence[str]) -> str:
     return max(names, key=lambda name: max((o.verdict == TRUSTED, o.moved) for o in trust if o.method == name))
 
 
-# ---- the scans
-
-
-def _examined(
-    explainer: Explainer,
-    cases: Sequence[Case],
-    methods: Mapping[str, Method],
-    settings: AuditSection,
-    folder: Path | None,
-    progress: Progress | None,
-    reading: Mapping[str, Any],
-) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Each case's figures, from the run folder where it has them, and why others have none."""
-    records: list[dict[str, Any]] = []
-    skipped: dict[str, str] = {}
-    twin: list[nn.Module] = []
-    for number, case in enumerate(cases):
-        deep = number < settings.checked
-        try:
-            key = _key(explainer, case, methods, settings, deep, number, reading)
-            place = folder / case.id / FILE if folder else None
-            record = _kept(place, key)
-            if record is None:
-                subject = subject_of(explainer, case, **reading)
-                record = examine(subject, methods, settings, _labels(case, subject), seed=number)
-                if deep:
-                    twin = twin or [twin_of(explainer.model, explainer.at_once(subject.volume))]
-                    deepen(record["methods"], subject, methods, Deep(twin[0], tuple(methods)), settings)
-                if place:
-                    _write(place, {"key": key, **record})
-            records.append(record)
-        except VolsalError as error:
-            skipped[case.id] = str(error)
-        if progress:
-            progress("audit", number + 1, len(cases))
-    return records, skipped
-
-
 def _labels(case: Case, subject: Subject) -> dict[str, Any]:
     return {name: read_labels(path, subject.grid, subject.ready.scan) for name, path in case.masks.items()}
-
-
-def _key(
-    explainer: Explainer,
-    case: Case,
-    methods: Mapping[str, Method],
-    settings: AuditSection,
-    deep: bool,
-    number: int,
-    reading: Mapping[str, Any],
-) -> str:
-    """Of all that a case's figures depend on; thresholds of the verdicts are no part of it."""
-    asked = ("radius_mm", "blur_mm", "controls", "tolerance_mm", "body_margin_mm", "border_mm")
-    content = {
-        "version": VERSION,
-        "weights": explainer.weights_sha256,
-        "preprocess": repr(explainer.preprocess),
-        "target": repr(explainer.targets[0]),
-        "methods": {name: repr(method) for name, method in methods.items()},
-        "alignment": explainer.align.id,
-        "classes": explainer.classes,
-        "windows": repr(explainer.windows),
-        "settings": {name: getattr(settings, name) for name in asked},
-        "deep": deep,
-        "seed": number,
-        "reading": repr(sorted(reading.items())),
-        "files": [file_digest(path) for path in (*case.paths, *case.masks.values())],
-    }
-    return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _kept(place: Path | None, key: str) -> dict[str, Any] | None:
@@ -323,72 +459,18 @@ def _right(answer: str, label: str) -> str:
     return "right" if label in (index, name.strip("()")) else "wrong"
 
 
-# ---- the figures
-
-
-def _metrics(evidence: Evidence, methods: Sequence[str]) -> dict[str, dict[str, Any]]:
-    records, owners = evidence.records, evidence.owners(evidence.records)
-    found: dict[str, dict[str, Any]] = {}
-    for name in methods:
-        each = [record["methods"].get(name, {}) for record in records]
-        figures: dict[str, list[Figure]] = {
-            "effect at the peak, spreads": [scaled(record, name, evidence.spread) for record in records],
-            "top Dice with random weights": [figure(one.get("sanity", {}).get("top_dice")) for one in each],
-            "peak stays, share": [figure(one.get("stability", {}).get("kept")) for one in each],
-            "delta AUPC": [figure(one.get("deletion")) for one in each],
-        }
-        for region in dict.fromkeys(region for one in each for region in one.get("regions", {})):
-            shares = [one.get("regions", {}).get(region, {}) for one in each]
-            figures[f"density {region}"] = [figure(share.get("density")) for share in shares]
-        found[name] = {key: described(summarise(values, owners)) for key, values in figures.items()}
-        found[name] |= _on_masks(records, each, owners)
-        found[name] |= _anatomy(each, owners)
-    return found
-
-
-def _on_masks(
-    records: Sequence[Mapping[str, Any]], each: Sequence[Mapping[str, Any]], owners: Sequence[str]
-) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for mask in dict.fromkeys(mask for record in records for mask in record["masks"]):
-        for metric in REPORTED:
-            cells = [
-                one.get("masks", {}).get(mask, {}).get(metric, {"value": {"undefined": "the scan has no such mask"}})
-                for one in each
-            ]
-            found[f"{mask}: {metric}"] = described(summarise([figure(cell.get("value")) for cell in cells], owners))
-            for null in ("smooth", "moved mask"):
-                drawn = [figure(cell.get(null)) for cell in cells]
-                found[f"{mask}: {metric}, null: {null}"] = described(summarise(drawn, owners))
-    return found
-
-
-def _anatomy(each: Sequence[Mapping[str, Any]], owners: Sequence[str]) -> dict[str, Any]:
-    names = dict.fromkeys(
-        (of, label) for one in each for of, labels in one.get("anatomy", {}).items() for label in labels
-    )
-    return {
-        f"{of}: density in {label}": described(
-            summarise(
-                [figure(one.get("anatomy", {}).get(of, {}).get(label, {}).get("density")) for one in each], owners
-            )
-        )
-        for of, label in names
-    }
-
-
 # ---- files
 
 _COLUMNS = (
-    "case", "answer", "score", "method", "peak_x_mm", "peak_y_mm", "peak_z_mm", "where", "effect", "largest_control",
-    "p_value", "density_outside_body", "body_sure", "undefined",
+    "case", "target", "answer", "score", "method", "peak_x_mm", "peak_y_mm", "peak_z_mm", "where", "effect",
+    "largest_control", "p_value", "density_outside_body", "body_sure", "undefined",
 )  # fmt: skip
 
 
-def _rows(records: Sequence[Mapping[str, Any]]) -> Iterable[list[Any]]:
+def _rows(records: Sequence[Mapping[str, Any]], target: str) -> Iterator[list[Any]]:
     for record in records:
         for name, one in record["methods"].items():
-            start = [record["case"], record["answer"], f"{record['score']:.6g}", name]
+            start = [record["case"], target, record["answer"], f"{record['score']:.6g}", name]
             if "trial" not in one:
                 yield [*start, *[""] * 8, record["body"]["sure"], one.get("undefined", "")]
                 continue

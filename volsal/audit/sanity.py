@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from volsal.attribution.tap import undisturbed
 from volsal.audit.metric import Figure, MetricError, Undefined, numbers
-from volsal.audit.similarity import Similarity, similarity
+from volsal.audit.similarity import Compared, Similarity, similarity
 from volsal.errors import nearest
 from volsal.grid import Grid
 
@@ -168,6 +168,7 @@ def randomisation(
     statistics: Statistics = "estimated",
     inputs: Tensor | None = None,
     within: NDArray[np.bool_] | None = None,
+    depths: Sequence[int] = (),
 ) -> Iterator[Randomisation]:
     """Model parameter randomisation test; Adebayo et al., NeurIPS 2018, sections 3.1 and 3.2.
 
@@ -181,13 +182,16 @@ def randomisation(
     layers : in the order of use, as of :func:`parameterised`; a sample of them is fine, the others stay trained
     statistics, inputs : as for :func:`randomised`
     within : the voxels that count
+    depths : counted from the last layer, from 1, the places of the cascade that are looked at; empty: each
     """
-    trained = explain(model)
+    trained = Compared(explain(model), grid, within)
     backwards = list(reversed(layers))
     for number, layer in enumerate(backwards, start=1):
+        if depths and number not in depths:
+            continue
         chosen = backwards[:number] if mode == "cascading" else [layer]
         other = randomised(model, chosen, seed, statistics, inputs)
-        yield Randomisation(layer, len(chosen), similarity(trained, explain(other), grid, within))
+        yield Randomisation(layer, len(chosen), trained.with_(Compared(explain(other), grid, within)))
 
 
 def unrelated(

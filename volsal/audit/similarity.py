@@ -7,6 +7,7 @@ harmless change is bad) and agreement between methods.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,23 +57,71 @@ def similarity(
     MetricError
         Where a map or ``within`` does not lie on the grid.
     """
-    require_on(grid, first=first, second=second, within=within)
-    kept = (first, second) if within is None else (first[within], second[within])
-    flaw = flaw_of(kept[0]) or flaw_of(kept[1])
-    if flaw is not None:
-        return Similarity(flaw, flaw, flaw, flaw, flaw)
-    whole = [one if within is None else np.where(within, one, 0) for one in (first, second)]
-    sizes = [np.abs(one) / np.abs(one).max() for one in whole]
-    positive = [part_of(one) for one in whole]
-    tops = [one if within is None else one[within] for one in positive]
-    none = None if all(one.any() for one in positive) else Undefined("a map has no positive part")
-    return Similarity(
-        spearman(*kept),
-        spearman(*(np.abs(one) for one in kept)),
-        ssim(sizes[0], sizes[1]),
-        none or top_dice(tops[0], tops[1], top_share),
-        none or peak_distance_mm(positive[0], positive[1], grid),
-    )
+    return Compared(first, grid, within, top_share).with_(Compared(second, grid, within, top_share))
+
+
+class Compared:
+    """A map that is compared with several others: what each comparison needs of it is found once.
+
+    Parameters
+    ----------
+    values, grid, within, top_share : as of :func:`similarity`
+
+    Raises
+    ------
+    MetricError
+        As :func:`similarity`.
+    """
+
+    def __init__(
+        self, values: NDArray, grid: Grid, within: NDArray[np.bool_] | None = None, top_share: float = 0.01
+    ) -> None:
+        require_on(grid, map=values, within=within)
+        self.values, self.grid, self.within, self.top_share = values, grid, within, top_share
+        self.flaw = flaw_of(values if within is None else values[within])
+
+    def with_(self, other: Compared) -> Similarity:
+        """All measures of how alike this map and another of the same grid and ``within`` are."""
+        flaw = self.flaw or other.flaw
+        if flaw is not None:
+            return Similarity(flaw, flaw, flaw, flaw, flaw)
+        none = None if self._positive.any() and other._positive.any() else Undefined("a map has no positive part")
+        return Similarity(
+            pearson(self._ranks, other._ranks),
+            pearson(self._ranks_abs, other._ranks_abs),
+            _ssim(self._boxes, other._boxes),
+            none or _dice(self._top, other._top),
+            none or peak_distance_mm(self._positive, other._positive, self.grid),
+        )
+
+    @cached_property
+    def _kept(self) -> NDArray:
+        return self.values.ravel() if self.within is None else self.values[self.within]
+
+    @cached_property
+    def _ranks(self) -> NDArray[np.float64]:
+        return ranks(self._kept)
+
+    @cached_property
+    def _ranks_abs(self) -> NDArray[np.float64]:
+        return ranks(np.abs(self._kept))
+
+    @cached_property
+    def _whole(self) -> NDArray:
+        return self.values if self.within is None else np.where(self.within, self.values, 0)
+
+    @cached_property
+    def _positive(self) -> NDArray:
+        return part_of(self._whole)
+
+    @cached_property
+    def _top(self) -> NDArray[np.bool_]:
+        return _top(self._positive if self.within is None else self._positive[self.within], self.top_share)
+
+    @cached_property
+    def _boxes(self) -> _Boxes:
+        size = np.abs(self._whole)
+        return _Boxes.of(size / size.max())
 
 
 def spearman(first: NDArray, second: NDArray) -> Figure:
@@ -125,24 +174,43 @@ def ssim(first: NDArray, second: NDArray, data_range: float = 1.0, window: int =
     """
     if first.shape != second.shape or window % 2 == 0:
         raise MetricError(f"SSIM needs one shape and an odd window: {first.shape}, {second.shape}, window {window}")
-    edges = [min(window, n - 1 + n % 2) for n in first.shape]
-    a, b = first.astype(np.float64), second.astype(np.float64)
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+    if not (np.isfinite(first).all() and np.isfinite(second).all()):
         return Undefined("a map holds NaN or infinity")
-    mean_a, mean_b, mean_aa, mean_bb, mean_ab = (_box_means(x, edges) for x in (a, b, a * a, b * b, a * b))
-    count = int(np.prod(edges))
+    return _ssim(_Boxes.of(first, window), _Boxes.of(second, window), data_range)
+
+
+@dataclass(frozen=True, eq=False)
+class _Boxes:
+    """A volume with its means and those of its squares over cubes."""
+
+    values: NDArray[np.float64]
+    edges: list[int]
+    mean: NDArray[np.float64]
+    squares: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, volume: NDArray, window: int = 7) -> _Boxes:
+        edges = [min(window, n - 1 + n % 2) for n in volume.shape]
+        values = volume.astype(np.float64)
+        return cls(values, edges, _box_means(values, edges), _box_means(values**2, edges))
+
+
+def _ssim(a: _Boxes, b: _Boxes, data_range: float = 1.0) -> float:
+    count = int(np.prod(a.edges))
     unbiased = count / max(1, count - 1)
-    varied, shared = mean_aa - mean_a**2 + mean_bb - mean_b**2, mean_ab - mean_a * mean_b
+    varied = a.squares - a.mean**2 + b.squares - b.mean**2
+    shared = _box_means(a.values * b.values, a.edges) - a.mean * b.mean
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
-    alike = (2 * mean_a * mean_b + c1) * (2 * unbiased * shared + c2)
-    return float((alike / ((mean_a**2 + mean_b**2 + c1) * (unbiased * varied + c2))).mean())
+    alike = (2 * a.mean * b.mean + c1) * (2 * unbiased * shared + c2)
+    return float((alike / ((a.mean**2 + b.mean**2 + c1) * (unbiased * varied + c2))).mean())
 
 
 def _box_means(values: NDArray[np.float64], edges: list[int]) -> NDArray[np.float64]:
     for axis, edge in enumerate(edges):
-        sums = np.cumsum(np.insert(values, 0, 0, axis=axis), axis=axis)
-        n = sums.shape[axis]
-        values = (sums.take(range(edge, n), axis) - sums.take(range(n - edge), axis)) / edge
+        lines = np.moveaxis(values, axis, -1)
+        sums = np.zeros((*lines.shape[:-1], lines.shape[-1] + 1))
+        np.cumsum(lines, axis=-1, out=sums[..., 1:])
+        values = np.moveaxis((sums[..., edge:] - sums[..., :-edge]) / edge, -1, axis)
     return values
 
 
@@ -152,15 +220,18 @@ def top_dice(first: NDArray, second: NDArray, share: float = 0.01) -> Figure:
     A map's top are its ``share`` of all voxels that are largest, or fewer where fewer are above 0; voxels equal to the
     least of them all count.  In [0, 1]; chance is about ``share``.  Undefined where a map has nothing above 0.
     """
-    tops = []
-    for values in (first, second):
-        count = max(1, round(share * values.size))
-        least = np.partition(values, values.size - count, axis=None)[values.size - count]
-        top = (values >= least) & (values > 0)
-        if not top.any():
-            return Undefined("a map has no positive part")
-        tops.append(top)
-    a, b = tops
+    return _dice(_top(first, share), _top(second, share))
+
+
+def _top(values: NDArray, share: float) -> NDArray[np.bool_]:
+    count = max(1, round(share * values.size))
+    least = np.partition(values, values.size - count, axis=None)[values.size - count]
+    return (values >= least) & (values > 0)
+
+
+def _dice(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> Figure:
+    if not (a.any() and b.any()):
+        return Undefined("a map has no positive part")
     return float(2 * np.count_nonzero(a & b) / (np.count_nonzero(a) + np.count_nonzero(b)))
 
 

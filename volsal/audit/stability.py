@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from volsal.audit.metric import Figure, MetricError, Undefined, flaw_of
-from volsal.audit.similarity import Similarity, similarity
+from volsal.audit.similarity import Compared, Similarity, similarity
 from volsal.grid import Grid
 from volsal.resampling import resample
 
@@ -260,7 +260,8 @@ def agreement(
 
     Agreement is no proof: methods that share a fault agree.  Disagreement says that at most one of them is right.
     """
-    return {(one, other): similarity(maps[one], maps[other], grid, within) for one, other in combinations(maps, 2)}
+    prepared = {name: Compared(values, grid, within) for name, values in maps.items()}
+    return {(one, other): prepared[one].with_(prepared[other]) for one, other in combinations(maps, 2)}
 
 
 def _widened(grid: Grid) -> Grid:

@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from volsal.attribution import Attribution, Context, Method, Target, attribute, explain_windows
+from volsal.attribution.inputs import Given
+from volsal.attribution.settings import SettingError
 from volsal.attribution.tap import forward, plain, undisturbed
 from volsal.attribution.targets.target import fixed
 from volsal.attribution.targets.target import score as score_of
 from volsal.attribution.windows.windowed import Windowed
 from volsal.audit.anatomy import Body, body_mask, outside_of, padding_of
 from volsal.audit.metric import Undefined, flaw_of
-from volsal.choices import SettingsError
 from volsal.errors import VolsalError
 from volsal.explain import Explainer, Ready
 from volsal.grid import Grid
@@ -45,6 +46,7 @@ class Subject:
     output : what the model says of the volume
     target : the score, with the choices it makes made once, on ``output``
     answer : what the model says in words: ``class 1``, by its name where it has one, or ``the output``
+    model : the explainer's; where it has further inputs, as a model of the volume alone, this scan's others held
     """
 
     case: str
@@ -58,6 +60,7 @@ class Subject:
     answer: str
     explainer: Explainer
     context: Context
+    model: nn.Module
 
     def score(self, volumes: Tensor) -> Tensor:
         """(N,) scores of volumes (N, C, I, J, K), of the question that was asked of the scan."""
@@ -68,7 +71,7 @@ class Subject:
         return answer_of(self._said(volumes), self.explainer.classes)
 
     def _said(self, volumes: Tensor) -> Any:
-        model, windows = self.explainer.model, self.explainer.windows
+        model, windows = self.model, self.explainer.windows
         asked = model if windows is None else Windowed(model, windows)
         with undisturbed(asked), torch.no_grad():
             return forward(asked, plain(volumes))
@@ -99,10 +102,19 @@ class Subject:
     def _attribute(
         self, methods: Sequence[Method], volume: Tensor, model: nn.Module | None, context: Context
     ) -> list[Attribution]:
-        model = self.explainer.model if model is None else model
+        model = self.model if model is None else self._held_by(model)
         if self.explainer.windows is None:
             return attribute(model, volume, methods, [self.target], context)
         return explain_windows(model, volume, methods, [self.target], self.explainer.windows, context)
+
+    def _held_by(self, model: nn.Module) -> nn.Module:
+        """Another model with this scan's further inputs, where there are any."""
+        if not isinstance(self.model, Given):
+            return model
+        if not isinstance(model, Given):
+            return Given(model, *self.model.inputs, explained=self.model.explained, **self.model.named)
+        model.hold(*self.model.inputs, **self.model.named)
+        return model
 
     def _placed(self, found: Attribution) -> NDArray | Undefined:
         raw = found.maps[0][0].float().cpu().sum(0)
@@ -134,22 +146,31 @@ def subject_of(explainer: Explainer, case: Case, target: int = 0, **reading: Any
     Raises
     ------
     VolsalError
-        As for an :class:`volsal.explain.Explainer`; where the case has further inputs for the model.
+        As for an :class:`volsal.explain.Explainer`.
     """
-    if case.given:
-        raise SettingsError(f"{case.id}: models are audited of one input; this one is given {', '.join(case.given)}")
     ready = explainer.prepare(case.paths, case.id, **reading)
     volume, grid = explainer.to_model(ready.model_input.tensor), ready.model_input.grid
     context = explainer.context(grid, case.id, ready.scan, **reading)
-    asked = explainer.targets_for(context)[target]
-    model = explainer.model if explainer.windows is None else Windowed(explainer.model, explainer.windows)
-    with undisturbed(model), torch.no_grad():
-        output = forward(model, plain(volume))
+    model = _model_of(explainer, case, context)
+    asked = explainer.targets_for(context, model)[target]
+    whole = model if explainer.windows is None else Windowed(model, explainer.windows)
+    with undisturbed(whole), torch.no_grad():
+        output = forward(whole, plain(volume))
         score_of(asked, output, 1)
     said = answer_of(output, explainer.classes)
     body, padding = body_on(grid, ready), padding_on(grid, ready)
     settled = fixed(asked, output)
-    return Subject(case.id, ready, volume, grid, body, padding, output, settled, said, explainer, context)
+    return Subject(case.id, ready, volume, grid, body, padding, output, settled, said, explainer, context, model)
+
+
+def _model_of(explainer: Explainer, case: Case, context: Context) -> nn.Module:
+    """The model of a scan, in a module of its own where it holds the case's further inputs: subjects live together."""
+    shared = explainer._model_with(case.given or None, 0, context)
+    if not isinstance(shared, Given):
+        return shared
+    if explainer.align.mirrors:
+        raise SettingError(f"{explainer.align.id} alignment mirrors the scan and not the other inputs; use another")
+    return Given(explainer.model, explained=0, **shared.named)
 
 
 def answer_of(output: Any, classes: Sequence[str] = ()) -> str:

@@ -8,6 +8,7 @@ from volsal.audit.anatomy import budget
 from volsal.audit.faithfulness import (
     Curve,
     deletion,
+    delta_areas,
     delta_aupc,
     faithfulness_correlation,
     infidelity,
@@ -36,6 +37,9 @@ METRICS: dict[str, Metric] = {
                "Samek et al. 2017", -inf, inf, "higher", "random orders", "never"),
         Metric("delta AUPC", "faithfulness", delta_aupc, "area of deletions in orders of chance minus the map's",
                "Jin et al. 2022", -inf, inf, "higher", "0", _MAP),
+        Metric("delta areas", "faithfulness", delta_areas,
+               "delta AUPC of deletion, and area of the map's insertion minus that of insertions in orders of chance",
+               "Petsiuk et al. 2018; Jin et al. 2022", -inf, inf, "higher", "0", _MAP),
         Metric("local intervention", "faithfulness", intervene,
                "loss of the score without small balls at the map's peaks, over that without balls elsewhere", "volsal",
                -inf, inf, "higher", "about 1", _MAP + ", or has no positive part; no room for controls; controls that "

@@ -13,9 +13,9 @@ from typing import Any
 from volsal.attribution import Target
 from volsal.audit.examine import figure
 from volsal.audit.metric import Figure, Undefined, numbers
-from volsal.audit.shortcuts import OUTSIDE, PADDING, REGIONS, brightness, fixed_in_field
+from volsal.audit.shortcuts import OUTSIDE, PADDING, REGIONS
 from volsal.audit.statistics import Summary, benjamini_hochberg, difference, summarise
-from volsal.audit.trust import TRUSTED, UNDECIDED, UNTRUSTED, Trust, answers_alike, binomial_tail, scaled, spreads
+from volsal.audit.trust import TRUSTED, UNDECIDED, UNTRUSTED, Trust, binomial_tail, scaled, spreads
 from volsal.config import AuditSection
 
 FLAGGED, CLEAR = "flagged", "not found"
@@ -35,6 +35,7 @@ class Verdict:
     rule : when it is given, with the thresholds used
     words : what was found, in a sentence
     figures : the numbers it rests on, as plain data
+    part : of the audit, one of :data:`volsal.audit.standards.PARTS`
     """
 
     name: str
@@ -42,6 +43,7 @@ class Verdict:
     rule: str
     words: str
     figures: dict[str, Any] = field(default_factory=dict)
+    part: str = ""
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,13 @@ def trust_rule(settings: AuditSection) -> str:
     )
 
 
-def of_trust(trust: Sequence[Trust], settings: AuditSection) -> list[Verdict]:
-    """A verdict for each method: trusted where it is for some answer, with each answer in the words."""
+def of_trust(
+    trust: Sequence[Trust], settings: AuditSection, remarks: Mapping[str, Sequence[str]] | None = None
+) -> list[Verdict]:
+    """A verdict for each method: trusted where it is for some answer, with each answer in the words.
+
+    ``remarks`` on methods, which are said after the verdict and do not change it.
+    """
     found = []
     for name in dict.fromkeys(one.method for one in trust):
         mine = [one for one in trust if one.method == name]
@@ -81,7 +88,8 @@ def of_trust(trust: Sequence[Trust], settings: AuditSection) -> list[Verdict]:
             }
             for one in mine
         }  # fmt: skip
-        words = ". ".join(one.words.removeprefix(f"{name}, ") for one in mine)
+        told = [one.words.removeprefix(f"{name}, ") for one in mine]
+        words = ". ".join([*told, *(remarks or {}).get(name, ())])
         found.append(Verdict(f"trust: {name}", verdict, trust_rule(settings), words, figures))
     return found
 
@@ -208,47 +216,6 @@ def _suspicion(evidence: Evidence, record: Mapping[str, Any], trial: Mapping[str
     return Suspicion(record["case"], reason, weight)
 
 
-def of_fixed(evidence: Evidence) -> Verdict:
-    """Whether the places that matter keep still in the field of view while patients lie elsewhere in it."""
-    rule = (
-        "flagged where, over the scans of one answer whose score moves at the map's peak, the peaks' distances from "
-        f"their mean are at least 1.5 times larger measured from the body than from the field ({evidence.name}; 5th "
-        "percentile of a bootstrap), so that patients lie differently and the evidence does not"
-    )
-    figures, flagged = {}, []
-    for answer in evidence.answers:
-        mine = [r for r in evidence.records if r["answer"] == answer and "trial" in evidence.told(r)]
-        mine = [r for r in mine if evidence.matters(r, evidence.told(r)["trial"])]
-        figures[answer] = fixed_in_field(mine, [evidence.told(r)["trial"]["mm"] for r in mine])
-        if figures[answer].get("low", 0.0) >= 1.5:
-            flagged.append(
-                f"{answer}: peaks lie {figures[answer]['in_field_mm']:.0f} mm from one place of the field, and "
-                f"{figures[answer]['in_body_mm']:.0f} mm from one place of the patient"
-            )
-    return Verdict("fixed in the scanner", FLAGGED if flagged else CLEAR, rule, "; ".join(flagged) or "no", figures)
-
-
-def of_brightness(evidence: Evidence) -> Verdict:
-    """Whether the model's answers differ by how bright the whole input is."""
-    settings, found = evidence.settings, brightness(evidence.records)
-    rule = (
-        f"flagged where at most {settings.brightness_left:.0%} of the answers' variance over scans is left when all "
-        f"inputs are made equally bright, and levels permuted among the scans do not leave as little (p at most "
-        f"{settings.alpha:g}); answers that hardly vary are not judged"
-    )
-    left, chance = figure(found["spread_left"]), figure(found.get("p_value"))
-    alike = answers_alike(evidence.records, settings)
-    if isinstance(left, Undefined) or isinstance(chance, Undefined) or alike:
-        why = alike or (left.reason if isinstance(left, Undefined) else "it was not computed")
-        return Verdict("overall brightness", UNDECIDED, rule, why, found)
-    flagged = left <= settings.brightness_left and chance <= settings.alpha
-    words = (
-        f"with all {found['scans']} inputs equally bright {left:.0%} of the answers' variance is left (p {chance:.2g})"
-    )
-    said = f"the answers differ by how bright the whole scan is: {words}" if flagged else words
-    return Verdict("overall brightness", FLAGGED if flagged else CLEAR, rule, said, found)
-
-
 def of_masks(evidence: Evidence) -> list[Verdict]:
     """Whether the peaks that matter lie on the masks of the cases that have some."""
     names = dict.fromkeys(name for record in evidence.records for name in record["masks"])
@@ -334,7 +301,8 @@ def group_differences(evidence: Evidence, groups: Mapping[str, Mapping[str, str]
         f"{row['figure']} of {row['group']} {row['value']}: {row['difference']:+.2g} (adjusted p {row['adjusted']:.2g})"
         for row in told
     )
-    none = "no difference is told" if figures else "no groups of enough scans are given"
+    missing = "no figure is defined in groups of enough scans" if rows else "no groups of enough scans are given"
+    none = "no difference is told" if figures else missing
     verdict = "differ" if told else CLEAR if figures else UNDECIDED
     return Verdict("groups", verdict, rule, words or none, {"differences": figures})
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from volsal.attribution import METHODS, Method, list_layers, parse_target
-from volsal.choices import SettingsError, as_method
+from volsal.attribution.settings import SettingError
+from volsal.choices import as_method
 from volsal.config import Config, load_config
 from volsal.explain import Explainer
 from volsal.explanation import Explanation
@@ -80,7 +81,7 @@ class Desk:
 
         Raises
         ------
-        SettingsError
+        SettingError
             Where layers are named for a method that has none.
         """
         own = dict(zip(self.explainer.names, self.explainer.methods, strict=True))
@@ -93,7 +94,7 @@ class Desk:
             return [replace(changeable, layers=tuple(layers))]
         if "layer" in settings:
             return [replace(changeable, layer=layer) for layer in layers]
-        raise SettingsError(f"{name} takes its map at the input and at no layer; choose none")
+        raise SettingError(f"{name} takes its map at the input and at no layer; choose none")
 
     def explain(
         self, source: Scan | Sequence[Path], method: str, layers: Sequence[str], target: str, progress: Progress
