@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from volsal.cli import app
 from volsal.dicom_out import DicomOutError, Settings, Threshold, case_folders, export_case
-from volsal.dicom_out.export import _verify
+from volsal.dicom_out.export import _WRITERS, _verify
 from volsal.dicom_out.objects import line
 from volsal.dicom_out.source import Source
 from volsal.grid import Grid
@@ -285,6 +285,62 @@ def test_a_second_export_leaves_nothing_of_the_first(tmp_path):
     left = sorted(path.name for path in (tmp_path / "out/case").iterdir())
     assert left == sorted(["dicom.json", *(file.name for file in second.files)])
     assert len(first.files) == 3
+
+
+@pytest.mark.parametrize("left", [".volsal-0123456789abcdefcase_grad-cam_class-1_map.dcm", None])
+def test_an_export_that_was_cut_short_leaves_no_patient_to_a_later_one(left, tmp_path, monkeypatch):
+    case = case_of(tmp_path, Series())
+    home = tmp_path / "out/case"
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setitem(_WRITERS, "region", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            export_case(case, tmp_path / "out", Settings(identifiers="source"))
+    (half,) = home.iterdir()
+    assert pydicom.dcmread(half).PatientID == SECRETS["PatientID"]
+    if left:  # or while it was being written, by a killed process
+        half.rename(home / left)
+    (home / "notes_map.dcm").touch()  # somebody else's
+    second = export_case(case, tmp_path / "out", REGION)
+    names = sorted(path.name for path in home.iterdir())
+    assert names == sorted(["dicom.json", "notes_map.dcm", *(file.name for file in second.files)])
+
+
+def test_another_models_maps_are_another_series(tmp_path):
+    case = case_of(tmp_path, Series())
+    record = case / "case.json"
+    series = []
+    for weights in ("ab", "cd"):
+        content = json.loads(record.read_text())
+        content["provenance"]["model"]["weights_sha256"] = weights * 32
+        record.write_text(json.dumps(content))
+        (file,) = export_case(case, tmp_path / weights, MAP).files
+        read = pydicom.dcmread(file)
+        series.append((read.SeriesInstanceUID, read.DeviceSerialNumber))
+    assert series[0][0] != series[1][0]
+    assert series[0][1] != series[1][1]
+
+
+def test_maps_of_two_echoes_of_one_series_are_two_series(tmp_path):
+    first, second = Series(EchoTime="10"), Series(EchoTime="30")
+    second.uid, second.study, second.frame = first.uid, first.study, first.frame
+    cases = [case_of(tmp_path, series, name=name) for series, name in ((first, "one"), (second, "two"))]
+    read = [pydicom.dcmread(export_case(case, tmp_path / "out", MAP).files[0]) for case in cases]
+    assert len({one.ReferencedSeriesSequence[0].SeriesInstanceUID for one in read}) == 1
+    assert len({one.SeriesInstanceUID for one in read}) == 2
+
+
+def test_what_is_burnt_into_the_scan_is_burnt_into_its_picture(tmp_path):
+    picture = Settings(("picture",), methods=("grad-cam",))
+    said = []
+    for name in ("YES", "NO"):
+        case = case_of(tmp_path, Series(BurnedInAnnotation=name), name=name.lower())
+        (file,) = export_case(case, tmp_path / "out", picture).files
+        said.append(pydicom.dcmread(file).BurnedInAnnotation)
+    assert said == ["YES", "NO"]
 
 
 def test_a_map_says_what_it_is(exported):
@@ -583,8 +639,14 @@ def test_thresholds_mean_what_they_say(text, value):
 
 @pytest.mark.parametrize("text", ["", "half", "0%", "120%", "-1", "nan", "3mm", "1.2.3", "0"])
 def test_refuses_other_thresholds(text):
-    with pytest.raises(ValueError, match="expected a share of the largest value"):
+    with pytest.raises(ValueError, match=f"threshold {text!r}: expected a share of the largest value"):
         Threshold.parse(text)
+
+
+@pytest.mark.parametrize(("number", "kind"), [(0, "value"), (-1, "value"), (120, "share"), (float("nan"), "volume")])
+def test_a_threshold_made_in_python_is_one_too(number, kind):
+    with pytest.raises(ValueError, match="expected a share of the largest value"):
+        Threshold(number, kind)
 
 
 def test_lines_fit_into_dicom():

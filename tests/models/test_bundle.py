@@ -299,6 +299,19 @@ def test_the_same_runs_where_the_bundle_is_trusted(trick, bundle, tmp_path, capf
     assert (tmp_path / "canary").exists()
 
 
+@pytest.mark.parametrize(
+    "statement",
+    ["$import scripts", "$from scripts import x", "$#\nimport scripts", "$\\\nimport scripts", "$from.a import b"],
+)
+def test_imports_are_told_however_they_are_written_and_where(statement, bundle):
+    from monai.bundle.config_item import ConfigExpression
+
+    assert ConfigExpression.is_import_statement(statement)
+    assert any(line.startswith("deep::0::a: $") for line in would_run(bundle(network="$f()", deep=[{"a": statement}])))
+    many = would_run(bundle(network="$f()", imports=[0] * 20_000 + [statement]))
+    assert many[-1] == "import statements, if any, beyond the first 20,000 values of inference.json"
+
+
 HARMLESS_LOOKING = {
     "monai.networks.nets.resnet.torch.hub.load": "is no network",
     "monai.networks.nets.UNet.load_state_dict": "is no network",
@@ -431,6 +444,15 @@ DAMAGES = [
     (other_text("a: &a [*a]\nnetwork: '@a'", "yaml"), "nested too deeply"),
     (other_text("a: &a [*a]\npreprocessing: []\nnetwork: $f()", "yaml"), "nested too deeply"),
     (changed(network="@gone::0"), "refers to @gone::0, which is not in it"),
+    (changed(network="@preprocessing::transforms::" + "9" * 5000), "9…, which is not in it"),
+    (changed(**{"+preprocessing": {"transforms": []}}), "its key '+preprocessing' changes another part"),
+    (changed(**{"preprocessing::transforms::2::axcodes": "LPS"}), "its key 'preprocessing::transforms::2::axcodes' ch"),
+    (changed(**{"network_def#act": "prelu"}), "its key 'network_def#act' changes another part"),
+    (other_text("a: !!int ''", "yaml"), "inference.yaml: cannot be read"),
+    (other_text("a: !!bool x", "yaml"), "inference.yaml: cannot be read"),
+    (other_text("a: !!timestamp x", "yaml"), "inference.yaml: cannot be read"),
+    (other_text(f"a: !!float {'9:' * 200}9", "yaml"), "inference.yaml: cannot be read"),
+    (changed(inferer={"roi_size": [8, 8, 8]}), "inferer: a dict"),
     (changed(network=None, network_def=None), "describes no 'network' or 'network_def'"),
     (changed(preprocessing=None), "describes no 'preprocessing'; write 'preprocess:'"),
     (changed(network_def=OTHER_ARGUMENTS), "DenseNet refuses its arguments: TypeError: "),
@@ -445,6 +467,16 @@ DAMAGES = [
     (weights_of(lambda folder: b"<html>"), "not a sound weights file"),
     (weights_of(pickled), "holds more than tensors"),
 ]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_monai_does_change_a_part_by_such_a_key(bundle):
+    """So that refusing it is no fuss about nothing."""
+    flip = {"_target_": "Flipd", "keys": "image"}
+    changes = {"preprocessing::transforms::2::axcodes": "LPS", "+preprocessing#transforms": [flip]}
+    steps = monais(bundle(**changes), "json").preprocessing.transforms
+    assert steps[2].ornt_transform.axcodes == "LPS"
+    assert type(steps[-1]).__name__ == "Flipd"
 
 
 @pytest.mark.parametrize("number", range(len(DAMAGES)))

@@ -1,6 +1,7 @@
 import pickle
 import textwrap
 
+import numpy as np
 import pytest
 import torch
 from nets import random_net
@@ -11,6 +12,7 @@ from volsal import load_model
 from volsal.attribution import ModelError
 from volsal.errors import VolsalError
 from volsal.models import weights_digest
+from volsal.models.load import read_weights
 
 FACTORY = """
 import torch
@@ -24,6 +26,12 @@ def broken():
 
 def number():
     return 3
+
+def lazy():
+    return nn.LazyConv3d(2, 3)
+
+def meta():
+    return nn.Conv3d(1, 2, 3, device="meta")
 
 VALUE = 7
 """
@@ -77,6 +85,9 @@ def refusals(tmp_path, factory, trained):
         torch.save(content, tmp_path / name)
         return tmp_path / name
 
+    def to(kind):
+        return {name: tensor.to(kind) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+
     renamed = {name.replace("4.", "head."): tensor for name, tensor in state.items()}
     poisoned = {name: tensor.clone() for name, tensor in state.items()}
     poisoned["0.bias"][1] = float("nan")
@@ -99,6 +110,17 @@ def refusals(tmp_path, factory, trained):
         (build, saved("y.pt", state | {"more": torch.zeros(1)}), "do not match the model: 1 not in the model (more);"),
         (build, saved("d.pt", {"epoch": 3}), "holds a dict with keys epoch, not a state dict"),
         (build, saved("e.pt", trained), "holds more than tensors (GLOBAL torch.nn.modules.container.Sequential"),
+        (build, saved("i.pt", {0: torch.zeros(3)}), "holds a dict with keys 0, not a state dict"),
+        (build, saved("m.pt", to("meta")), "of another type (0.weight (file float32 without values, model float32)"),
+        (build, saved("q.pt", to(torch.int8)), "of another type (0.weight (file int8, model float32)"),
+        (build, saved("k.pt", to(torch.complex64)), "of another type (0.weight (file complex64, model float32)"),
+        (
+            build,
+            saved("s.pt", state | {"4.weight": state["4.weight"].to_sparse()}),
+            "1 of another type (4.weight (file float32 sparse_coo, model float32))",
+        ),
+        (f"{factory}:lazy", saved("l.pt", state), "'weight' of the model has no place for values"),
+        (f"{factory}:meta", saved("n.pt", state), "'weight' of the model has no place for values"),
         (build, tmp_path / "page.pt", "not a sound weights file"),
         (build, tmp_path / "page.safetensors", "not a sound safetensors file"),
         (build, tmp_path / "gone.pt", "no such file"),
@@ -118,7 +140,7 @@ def refusals(tmp_path, factory, trained):
     ]
 
 
-@pytest.mark.parametrize("number", range(23))
+@pytest.mark.parametrize("number", range(30))
 def test_refuses_in_one_line(number, tmp_path, factory, trained):
     source, weights, says = refusals(tmp_path, factory, trained)[number]
     with pytest.raises(VolsalError) as raised:
@@ -147,6 +169,25 @@ def test_a_payload_is_refused_and_never_run(wrap, zipped, tmp_path, factory, tra
     with pytest.raises(ModelError, match="holds more than tensors"):
         load_model(f"{factory}:build", weights=tmp_path / "w.pt")
     assert not canary.exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("zipped", [True, False])
+def test_damaged_weights_are_refused_whatever_torch_makes_of_them(zipped, tmp_path):
+    path = tmp_path / "w.pt"
+    torch.save({"a": torch.zeros(3, 2)}, path, _use_new_zipfile_serialization=zipped)
+    sound, random = path.read_bytes(), np.random.default_rng(0)
+    said = []
+    for _ in range(300):
+        damaged = bytearray(sound)
+        damaged[random.integers(2, len(sound))] = random.integers(256)
+        path.write_bytes(damaged)
+        try:
+            read_weights(path)
+        except ModelError as error:
+            said.append(str(error))
+    assert 60 < len(said) < 300
+    assert not [text for text in said if "\n" in text]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -180,6 +180,8 @@ def test_a_template_without_its_value_is_an_error():
     [
         ("/data/Jane Roe/x.nii: the file is empty", "…/x.nii: the file is empty"),
         ("cannot read '/a/b/c.nii.gz'", "cannot read '…/c.nii.gz'"),
+        ("/data/O'Brien Pat/x.nii: 'tis bad", "…/x.nii: 'tis bad"),
+        ("neither '/a/b/' nor '/c/d'", "neither '…/' nor '…/d'"),
         (r"C:\Users\Jane\x.nii: bad", "…/x.nii: bad"),
         ("the matrix 1 0 0 / 0 1 0 / 0 0 1", "the matrix 1 0 0 / 0 1 0 / 0 0 1"),
         ("logit/cell and and/or", "logit/cell and and/or"),

@@ -97,7 +97,10 @@ def dicom(
                 say(f"note: {folder.name}: {note}", style="yellow")
     say(f"{files} files of {len(folders) - bad} cases written to {home}")
     if files and identifiers == "none":
-        say("without the source's patient, study and UIDs; for a PACS to file them beside it: --identifiers source")
+        say(
+            "without the source's patient, study and UIDs, but under the case's name; for a PACS to file them beside "
+            "it: --identifiers source"
+        )
     if bad:
         say(f"volsal: {bad} of {len(folders)} cases have no DICOM; name one's folder to be told why", err)
         raise typer.Exit(SOME_FAILED)

@@ -275,14 +275,12 @@ def _stem(entry: Mapping[str, Any]) -> str:
 
 
 def _forget(home: Path) -> None:
-    """Remove an earlier export of the case, its record first."""
-    try:
-        names = [about["file"] for about in json.loads((home / RECORD).read_text(encoding="utf-8"))["files"]]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return
-    (home / RECORD).unlink()
-    for name in names:
-        (home / Path(name).name).unlink(missing_ok=True)
+    """Remove an earlier export of the case, its record first; one that was cut short has none, and goes too."""
+    (home / RECORD).unlink(missing_ok=True)
+    for file in home.glob("*.dcm"):
+        ours = file.name.startswith(f"{home.name}_") and file.stem.rpartition("_")[2] in KINDS
+        if ours or file.name.startswith(".volsal-"):
+            file.unlink(missing_ok=True)
 
 
 # The three kinds

@@ -165,7 +165,7 @@ def segmentation(source: Source, shown: Map, region: Region, threshold: Threshol
 
 
 def capture(source: Source, shown: Map, picture: NDArray[np.uint8]) -> Any:
-    """A picture, (height, width, 3) RGB, in which no patient is named."""
+    """A picture, (height, width, 3) RGB, in which no patient is named but by what is burnt into the scan."""
     import highdicom as hd
     from pydicom.uid import ExplicitVRLittleEndian
 
@@ -186,7 +186,7 @@ def capture(source: Source, shown: Map, picture: NDArray[np.uint8]) -> Any:
     made.ConversionType = "SYN"
     # Several planes in one picture: each carries its own letters.
     made.PatientOrientation = []
-    made.BurnedInAnnotation = "NO"
+    made.BurnedInAnnotation = "YES" if source.annotated else "NO"
     made.RecognizableVisualFeatures = "YES" if source.recognizable else "NO"
     made.DerivationDescription = line(f"{shown.entry['target_text']}; {shown.layer}")
     return _finished(source, shown, made)
@@ -215,11 +215,14 @@ def _explanation(entry: Mapping[str, Any]) -> Any:
 
 
 def _of_series(source: Source, shown: Map, kind: str, first: int) -> dict[str, Any]:
-    """What every object says of its series and of what made it.  Maps of one kind and name are one series."""
+    """What every object says of its series and of what made it.
+
+    Of one volume, model, kind and name there is one series.
+    """
     return {
-        "series_instance_uid": source.uid("series", kind, source.series, shown.name),
+        "series_instance_uid": source.uid("series", kind, source.volume, shown.name, shown.weights_sha256),
         "series_number": first + shown.number,
-        "sop_instance_uid": source.uid("instance", kind, source.series, shown.name),
+        "sop_instance_uid": source.uid("instance", kind, source.volume, shown.name),
         "instance_number": 1,
         "manufacturer": "volsal",
         "manufacturer_model_name": "volsal",

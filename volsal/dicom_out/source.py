@@ -44,7 +44,9 @@ _EMPTY = (
     "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "ReferringPhysicianName",
     "StudyID", "AccessionNumber",
 )  # fmt: skip
-_TECHNICAL = ("FrameOfReferenceUID", "BodyPartExamined", "Laterality", "RecognizableVisualFeatures")
+_TECHNICAL = (
+    "FrameOfReferenceUID", "BodyPartExamined", "Laterality", "RecognizableVisualFeatures", "BurnedInAnnotation",
+)  # fmt: skip
 _REMOVED = "volsal: patient and study left out, UIDs and PatientID replaced"
 # The class of the stand-ins; what is referred to is said by :meth:`Source.references`.
 _CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
@@ -185,6 +187,12 @@ class Source:
         return self.named(self.stack.frames[0].source.series)
 
     @property
+    def volume(self) -> str:
+        """What tells it from every other volume, those in the same series too: echoes, time points, orientations."""
+        first = self.references[0]
+        return f"{self.series} {first.sop} {first.frame}"
+
+    @property
     def recognizable(self) -> bool:
         """Whether pictures of the scan may show a face; only where its header denies it they do not."""
         return self.header.get("RecognizableVisualFeatures") != "NO"
@@ -214,6 +222,11 @@ class Source:
     def tilt(self) -> float:
         """Degrees between the line through the slices and their normal: of a gantry."""
         return float(np.degrees(np.arccos(min(1.0, self.between / self.grid.spacing[2]))))
+
+    @property
+    def annotated(self) -> bool:
+        """Whether, as its header says, somebody wrote into the pixels: of whom, nobody can tell."""
+        return self.header.get("BurnedInAnnotation") == "YES"
 
     def stand_ins(self) -> list[Any]:
         """A dataset for every slice that says what this source lets out, and nothing else.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,7 @@ from volsal.errors import VolsalError
 from volsal.grid import Grid
 
 _KINDS: dict[str, Literal["share", "volume", "value"]] = {"%": "share", "ml": "volume", "": "value"}
+_EXPECTED = "expected a share of the largest value (50%), a volume (12ml) or a value in the map's unit (0.3), above 0"
 
 
 class ThresholdError(VolsalError, ValueError):
@@ -33,6 +35,10 @@ class Threshold:
     number: float
     kind: Literal["share", "volume", "value"] = "share"
 
+    def __post_init__(self) -> None:
+        if not 0 < self.number < np.inf or (self.kind == "share" and self.number > 100):
+            raise ThresholdError(f"threshold {self.number:g}{'%' * (self.kind == 'share')}: {_EXPECTED}")
+
     @classmethod
     def parse(cls, text: str) -> Threshold:
         """The threshold of ``50%`` (of the largest value), ``12ml`` (the highest so many) or ``0.3`` (in the unit).
@@ -43,16 +49,10 @@ class Threshold:
             For anything else.
         """
         found = re.fullmatch(r"\s*([0-9.]+(?:e-?[0-9]+)?)\s*(%|ml|)\s*", text.lower())
-        try:
-            number = float(found[1]) if found else 0.0
-        except ValueError:
-            number = 0.0
-        if found is None or not 0 < number < np.inf or (found[2] == "%" and number > 100):
-            raise ThresholdError(
-                f"threshold {text!r}: expected a share of the largest value (50%), a volume (12ml) or a value in the "
-                "map's unit (0.3), above 0"
-            )
-        return cls(number, _KINDS[found[2]])
+        with suppress(ValueError):
+            if found:
+                return cls(float(found[1]), _KINDS[found[2]])
+        raise ThresholdError(f"threshold {text!r}: {_EXPECTED}")
 
     def __str__(self) -> str:
         return {

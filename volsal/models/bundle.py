@@ -350,7 +350,8 @@ class _Reader:
             return None
         node, place = self.config.followed(self.config.content["inferer"], "inferer")
         if not isinstance(node, Mapping) or "_target_" not in node:
-            self.config.value(node, place)
+            if node is not None:
+                self.config.tell(place, node)
             return None
         target, arguments = self.config.component(node, place)
         make = named(target, inferers)

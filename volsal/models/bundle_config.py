@@ -37,7 +37,8 @@ _FETCHES = re.compile(r"pretrained|url")
 _REFERENCE = re.compile(r"\$?@(\w+(?:(?:::|#)\w+)*)")
 # The one expression of nearly every bundle: its network, put on its device.  That is for volsal to do.
 _PLACED = re.compile(r"\$(@\w+(?:(?:::|#)\w+)*)\.to\(\s*@\w+\s*\)")
-_IMPORT = re.compile(r"\$\s*(import|from)\s")
+_IMPORT = re.compile(r"\$(?:\s|\\\n|#.*\n)*(?:import|from)\b")
+_CHANGES_ANOTHER = re.compile(r"^\+|::|#")
 _SHOWN = 80
 # A config of more values than that refers to itself in a way that multiplies.
 _MOST_VALUES = 20_000
@@ -108,14 +109,24 @@ class BundleConfig:
         Raises
         ------
         BundleError
-            Where it cannot be read.
+            Where it cannot be read, or changes its own parts from elsewhere in it.
         """
-        return cls(file, read_mapping(file))
+        content = read_mapping(file)
+        # As MONAI reads it, such a key merges into another part, or replaces a piece of one.
+        if changes := [str(key) for key in content if _CHANGES_ANOTHER.search(str(key))]:
+            raise BundleError(
+                f"{file}: its key {_short(changes[0])!r} changes another part of it, which volsal does not follow; "
+                "write that part as it is to be"
+            )
+        return cls(file, content)
 
     def imports(self) -> list[str]:
         """Import statements, wherever in the config: MONAI runs them all before it builds anything."""
-        nodes = islice(_nodes(self.content, ""), _MOST_VALUES)
-        return [f"{place}: {_short(node)}" for place, node in nodes if isinstance(node, str) and _IMPORT.match(node)]
+        nodes = list(islice(_nodes(self.content, ""), _MOST_VALUES + 1))
+        found = [f"{place}: {_short(node)}" for place, node in nodes if isinstance(node, str) and _IMPORT.match(node)]
+        if len(nodes) > _MOST_VALUES:
+            found.append(f"import statements, if any, beyond the first {_MOST_VALUES:,} values of {self.file.name}")
+        return found
 
     def network(self) -> Any:
         """The network as a :class:`Call`; what it is does not matter where something :attr:`would_run`."""
@@ -138,10 +149,10 @@ class BundleConfig:
         for part in place.split("::"):
             if isinstance(found, Mapping) and part in found:
                 found = found[part]
-            elif isinstance(found, list) and part.isdecimal() and int(part) < len(found):
+            elif isinstance(found, list) and part in map(str, range(len(found))):
                 found = found[int(part)]
             else:
-                raise BundleError(f"{self.file}: refers to @{place}, which is not in it")
+                raise BundleError(f"{self.file}: refers to @{_short(place)}, which is not in it")
         return found
 
     def value(self, node: Any, place: str, above: tuple[str, ...] = ()) -> Any:
@@ -278,7 +289,8 @@ def read_mapping(file: Path) -> dict[str, Any]:
     try:
         text = file.read_text(encoding="utf-8")
         content = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError, LookupError, AttributeError, ArithmeticError) as error:
+        # The last three are PyYAML's own for a tag that does not fit, as of `!!int ''`.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise BundleError(f"{file}: cannot be read: {reason}") from error
     if not isinstance(content, dict):

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from volsal.attribution.tap import ModelError
 from volsal.references import resolve
@@ -145,7 +146,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             f"{path}: holds more than tensors ({_unsafe_part(error)}), and unpickling it would run its code; save only "
             "the weights, safetensors.torch.save_file(model.state_dict(), 'weights.safetensors'), where you trust it"
         ) from error
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
+    except Exception as error:  # there is nothing that damaged bytes could not make of it
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelError(f"{path}: not a sound weights file ({reason}); fetch or save it again") from error
     return _state_dict(content, path)
@@ -165,10 +166,11 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def _is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("constants.pkl") for name in archive.namelist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):  # none, or damaged; torch refuses programs too
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("constants.pkl") for name in archive.namelist())
 
 
 def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
@@ -176,7 +178,7 @@ def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
             break
-    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+    if not isinstance(content, Mapping) or not content or not _are_tensors(content):
         keys = f" with keys {', '.join(map(str, list(content)[:6]))}" if isinstance(content, Mapping) else ""
         raise ModelError(
             f"{path}: holds a {type(content).__name__}{keys}, not a state dict of tensors (looked under "
@@ -188,9 +190,19 @@ def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
     return state
 
 
+def _are_tensors(content: Mapping[Any, Any]) -> bool:
+    return all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items())
+
+
 def _fill(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     """Load ``state``, every tensor of it and nothing left out; else say what does not match."""
     wanted = model.state_dict()
+    unmade = [name for name, tensor in wanted.items() if is_lazy(tensor) or tensor.is_meta]
+    if unmade:
+        raise ModelError(
+            f"{path}: {unmade[0]!r} of the model has no place for values (a lazy layer, or the meta device); build the "
+            "model with its sizes, on the CPU"
+        )
     # Checkpoints from before PyTorch 0.4.1 lack this counter; evaluation mode never reads it.
     missing = [name for name in wanted if name not in state and not name.endswith("num_batches_tracked")]
     extra = [name for name in state if name not in wanted]
@@ -199,10 +211,21 @@ def _fill(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
         for name in wanted
         if name in state and state[name].shape != wanted[name].shape
     ]
-    if missing or extra or reshaped:
+    # Copied all the same, whole numbers would lose their scale and complex ones a half.
+    retyped = [
+        f"{name} (file {_type(state[name])}, model {_type(wanted[name])})"
+        for name in wanted
+        if name in state and not _holds(state[name], wanted[name])
+    ]
+    if missing or extra or reshaped or retyped:
         found = [
             f"{len(names)} {what} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
-            for names, what in ((missing, "missing"), (extra, "not in the model"), (reshaped, "of another shape"))
+            for names, what in (
+                (missing, "missing"),
+                (extra, "not in the model"),
+                (reshaped, "of another shape"),
+                (retyped, "of another type"),
+            )
             if names
         ]
         raise ModelError(
@@ -210,6 +233,18 @@ def _fill(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
             "right arguments?"
         )
     model.load_state_dict(state, strict=False)
+
+
+def _holds(found: Tensor, wanted: Tensor) -> bool:
+    """Whether the values of ``found`` can stand where those of ``wanted`` do."""
+    if found.is_meta or found.is_quantized or found.layout != wanted.layout:
+        return False
+    return found.is_complex() == wanted.is_complex() and found.is_floating_point() >= wanted.is_floating_point()
+
+
+def _type(tensor: Tensor) -> str:
+    words = [str(one).removeprefix("torch.") for one in (tensor.dtype, tensor.layout)]
+    return " ".join([*(word for word in words if word != "strided"), *(["without values"] if tensor.is_meta else [])])
 
 
 def _require_finite(model: nn.Module, source: str | Path) -> None:

@@ -21,8 +21,8 @@ from volsal.display import colours
 # (or a person who reads it) is not what their sender should decide.
 _UNSEEN = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
 _HARMLESS = {"\n", "\t", "\u200c", "\u200d", "\u00ad"}  # line ends, joiners that some scripts need, the soft hyphen
-# A path that begins at the root, up to its last separator.
-_FOLDERS = re.compile(r"(?<![^\s'\"(])(?:[A-Za-z]:[\\/]|/)(?:[^\s/\\:'\"][^/\\:'\"\n]*[/\\])+")
+# A path that begins at the root, up to its last separator.  An apostrophe within a word is O'Brien's and ends no quote.
+_FOLDERS = re.compile(r"(?<![^\s'\"(])(?:[A-Za-z]:[\\/]|/)(?:[^\s/\\:'\"](?:[^/\\:'\"\n]|(?<=\w)'(?=\w))*[/\\])+")
 
 
 def readable(text: str) -> str:
