@@ -98,7 +98,7 @@ def judged(explainer: Explainer, methods, cases: list[Case], masks: dict[str, Pa
         for name, values in subject.maps(methods).items():
             peak = values if isinstance(values, Undefined) else peak_of(values)
             lost = isinstance(peak, Undefined)
-            far[name].append(np.inf if lost else float(nearest_mm(subject.grid.world(peak[None]), evidence)[0]))
+            far[name].append(np.inf if lost else nearest_mm(subject.grid.world(peak[None]), evidence))
     return {
         name: (float(np.mean(np.array(mm) == 0)), float(np.mean(np.array(mm) <= NEAR_MM)), float(np.median(mm)))
         for name, mm in far.items()

@@ -8,6 +8,7 @@ import nibabel as nib
 import numpy as np
 import planted
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from volsal import Explainer, GradientTimesInput
@@ -90,6 +91,17 @@ def test_without_a_body_nothing_counts_as_outside(scans, tmp_path):
     assert found.verdict("at the field's border").verdict == UNDECIDED
 
 
+def test_where_too_few_scans_or_maps_are_there_nothing_is_said_of_regions(scans, honest):
+    few = audit(explainer(planted.Bright(planted.MARKER)), scans("marker")[:3], SETTINGS)
+    for name in REGIONS:
+        assert few.verdict(name).verdict == UNDECIDED
+    assert few.verdict("outside the body").words.endswith("tried in too few scans to tell of: class 0 (0), class 1 (2)")
+    found, _ = honest
+    assert found.verdict("outside the body").verdict == "not found"
+    assert "in 0 of 6 scans" in found.verdict("outside the body").words  # the others' maps have no place
+    assert "class 0 (0)" in found.verdict("outside the body").words
+
+
 def test_a_model_of_random_weights_is_told_to_answer_alike(scans):
     found = audit(explainer(planted.small_net(1)), scans("lesion"), SETTINGS)
     assert found.verdicts[0].verdict == "answers all scans alike"
@@ -158,6 +170,18 @@ def test_an_interrupted_audit_is_taken_up(honest, scans, monkeypatch):
     assert len(asked) == 1
     audit(explainer(planted.Bright()), cases[:1], SETTINGS.model_copy(update={"radius_mm": 12}), folder)
     assert len(asked) == 2
+
+
+def test_another_model_of_the_same_weights_is_audited_anew(scans, tmp_path):
+    cases, settings = scans("lesion")[:4], SETTINGS.model_copy(update={"checked": 0})
+    net = planted.small_net(1)
+    audit(explainer(net), cases, settings, tmp_path)
+    other = planted.small_net(1)
+    other[2] = torch.nn.LeakyReLU(0.5)
+    kept, new = (
+        audit(explainer(model), cases, settings, folder) for model, folder in ((other, tmp_path), (other, None))
+    )
+    assert [one["score"] for one in kept.records] == [one["score"] for one in new.records]
 
 
 def test_scans_that_cannot_be_read_are_told(scans, tmp_path):

@@ -1,6 +1,7 @@
 """The checks of a few scans: on maps whose likeness is known, by rules whose outcome can be told by hand."""
 
 import json
+import tracemalloc
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -61,6 +62,27 @@ def test_maps_that_are_one_but_for_scale_agree_wholly_and_displaced_ones_do_not(
     (pair,) = agreement_of(two_maps(one, -one), {})
     assert pair["spearman"] == pytest.approx(-1)
     assert pair["top_dice"] == 0
+
+
+def test_agreement_of_many_large_maps_takes_the_memory_of_a_few(monkeypatch):
+    random = np.random.default_rng(0)
+    grid = Grid((40, 40, 40), np.eye(4))
+    maps = {str(at): random.normal(size=grid.shape).astype(np.float32) for at in range(10)}
+    subject = SimpleNamespace(maps=lambda _: maps, grid=grid)
+
+    def measured():
+        tracemalloc.start()
+        found = agreement_of(subject, {})
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found, peak / 40**3
+
+    whole, much = measured()
+    monkeypatch.setattr(checks, "_BYTES", 2 * 50 * 40**3)
+    few, little = measured()
+    assert few == whole
+    assert much > 800
+    assert little < 350  # bytes for each voxel
 
 
 def test_a_map_without_a_place_is_left_out_of_the_agreement():

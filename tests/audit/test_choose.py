@@ -1,5 +1,6 @@
 """Which map to believe: on networks whose evidence is known by construction, and on such as know nothing."""
 
+import sys
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -136,6 +137,23 @@ def test_a_sample_is_spread_over_labels_and_leaves_out_faults():
     assert len({case.id for case in chosen}) == 4
     assert sampled(cases, 100) == sampled(cases, 100)
     assert len(sampled(cases, 100)) == 10
+
+
+def test_what_is_recommended_was_checked_also_where_the_best_few_fail(lesions, monkeypatch):
+    module = sys.modules["volsal.audit.choose"]
+    asked = []
+
+    def check(explainer, used, records, finalists, *rest):
+        asked.append(list(finalists))
+        for record in records:
+            for name in finalists:
+                record["methods"][name]["sanity"] = {"top_dice": 1.0 if len(asked) == 1 else 0.1}
+
+    monkeypatch.setattr(module, "_check", check)
+    monkeypatch.setattr(module, "_RUN_OFF", 0)
+    found = choose(explainer(planted.Bright()), lesions, {name: GradientTimesInput() for name in "abcdef"}, FEW)
+    assert asked == [["a", "b", "c", "d"], ["e", "f"]]
+    assert found.recommended == "e"
 
 
 def test_a_budget_of_no_time_still_uses_a_scan(lesions):

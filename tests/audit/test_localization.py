@@ -1,5 +1,7 @@
 """Each metric of a map and a mask against figures worked out by hand, or by scikit-learn-like loops over voxels."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from scipy import ndimage
@@ -114,7 +116,24 @@ def test_distances_hold_on_a_sheared_grid():
     affine[0, 2] = 0.9
     points = Grid((4, 4, 4), affine).world(np.stack(np.indices((4, 4, 4)), -1).reshape(-1, 3))
     away = np.linalg.norm(points[:, None] - points[None, 10:20], axis=-1)
-    assert nearest_mm(points, points[10:20]) == pytest.approx(away.min(1))
+    for at in range(64):
+        assert nearest_mm(points[at : at + 1], points[10:20]) == pytest.approx(away[at].min())
+
+
+def test_distances_of_many_points_are_exact_and_take_neither_their_product_in_memory_nor_in_time():
+    random = np.random.default_rng(0)
+    for rows in (900, 3000):
+        one, other = random.normal(size=(rows, 3)), random.normal((1.5, 0, 0), size=(700, 3))
+        away = min(np.linalg.norm(other - point, axis=1).min() for point in one)
+        assert nearest_mm(one, other) == pytest.approx(away, abs=1e-12)
+    grid = Grid((70, 70, 70), np.diag([1.5, 1.0, 2.0, 1.0]))
+    low, high = np.zeros(grid.shape, bool), np.zeros(grid.shape, bool)
+    low[:40, :40, :40] = high[45:, 45:, 45:] = True  # 64 000 and 15 625 voxels: 8 GB of distances
+    tracemalloc.start()
+    assert nearest_mm(*(grid.world(np.argwhere(part)) for part in (low, high))) == pytest.approx(6 * np.sqrt(7.25))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 30e6
 
 
 def test_lesions_are_hit_one_by_one():

@@ -90,6 +90,47 @@ def test_a_cue_fixed_in_the_field_through_the_body_is_named_with_its_place(scans
     assert "fixed in the scanner's field and not in the patient" in found[FIELD].words
 
 
+def test_what_is_given_to_the_scans_that_a_place_is_tried_on_says_nothing_of_where_it_is_sought(scans):
+    """Else evidence that one of them has at some place is what the place is chosen by."""
+    found = exchange(explainer(planted.Bright()), scans("lesion", 8), SETTINGS)["shares"]
+    assert np.mean(list(found["fixed in the field"].values())) < 0.33
+
+
+def test_no_patient_is_in_both_halves_and_none_gives_to_the_other_half(monkeypatch):
+    seen = [head((7, 8, 9), 4, 5, 0, str(at), score=float(at // 2 % 2)) for at in range(12)]
+    owner = {str(at): f"patient {at // 4}{at % 2}" for at in range(12)}
+    halves = []
+
+    def share(self, at, exchange, donors=3, among=None):
+        halves.append({owner[str(n)] for n in (at, *among)})
+        return 0.0
+
+    monkeypatch.setattr(Exchanges, "share", share)
+    Exchanges(seen, owner).placed([{}] * 12)
+    one, other = {frozenset(half) for half in halves}
+    assert not one & other
+    assert one | other == set(owner.values())
+
+
+def test_too_few_patients_for_the_test_are_no_proof_of_the_contrary(scans):
+    found = verdicts(planted.Bright(planted.DOT), scans("dot", 8))
+    assert found[FIELD].figures["field"]["low"] > 0.9
+    assert found[FIELD].figures["corrected"] > 0.01
+    assert found[FIELD].verdict == UNDECIDED
+    assert "too few" in found[FIELD].words
+    few = verdicts(planted.Level(), scans("brightness", 6))
+    assert few[TONE].verdict == UNDECIDED
+    assert few[AIR].words == "the body is known in fewer than 8 scans of one shape"
+
+
+def test_where_one_half_has_one_kind_of_answers_no_place_is_tried_in_the_other():
+    seen = [head((7, 8, 9), 4, 5, 0, str(at), score=float(at == 0)) for at in range(8)]
+    for one in seen:
+        object.__setattr__(one.subject, "score", lambda volumes: volumes[:, 0, 0, 0, 0])
+    placed = Exchanges(seen).placed([{}] * 8)
+    assert sum(isinstance(x, Undefined) for x in placed.field) >= 7
+
+
 def test_a_marker_outside_is_found_by_what_lies_around_the_patient(scans):
     found = verdicts(planted.Bright(planted.MARKER), scans("marker"))
     assert AIR in flagged(found)
@@ -212,6 +253,9 @@ def test_shares_are_none_half_and_all_of_the_difference_and_seams_do_not_count()
     # A seam that moves every score by as much is no share.
     assert exchanges.shares(lambda of, donor: of.volume + 0.3) == pytest.approx([0] * 8, abs=1e-6)
     assert all(isinstance(x, Undefined) for x in Exchanges(seen[::2]).shares(air))
+    # As far below none as above it, or noise would look like a share.
+    assert exchanges.shares(lambda of, donor: 5 * of.volume - 4 * donor.volume) == [-2] * 8
+    assert exchanges.shares(lambda of, donor: 5 * donor.volume - 4 * of.volume) == [2] * 8
 
 
 def test_the_p_value_counts_signs_of_whole_patients():

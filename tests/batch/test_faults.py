@@ -406,8 +406,10 @@ def test_one_who_is_alone_has_nobody_beside(tmp_path):
             lonely.append(not alone or len(inside) == 1)
             threading.Event().wait(0.005)
             if not alone and len(most) % 3 == 0:
+                inside.remove(alone)  # it gives its place up until it is alone
                 with room.alone_instead():
-                    lonely.append(True)
+                    inside.append(alone)
+                    lonely.append(len(inside) == 1)
             inside.remove(alone)
 
     threads = [threading.Thread(target=visit, args=(n % 4 == 0,)) for n in range(40)]

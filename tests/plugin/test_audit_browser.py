@@ -139,6 +139,50 @@ def test_a_review_that_cannot_be_saved_is_said_and_not_forgotten(browser, qtbot,
     assert (run / "review.csv").read_text() == "someone's own table\n"
 
 
+def test_what_the_disk_refused_is_kept_said_and_saved_once_it_can_be(browser, qtbot, run):
+    open_run(browser, qtbot, run)
+    (run / "review.csv").write_text("someone's own table\n")
+    browser.verdict.setCurrentText("doubtful")
+    qtbot.keyClicks(browser.comment, "near the rim")
+    browser.next.click()
+    idle(browser, qtbot)
+    assert browser.current.id == "bb"
+    assert "NOT SAVED yet: aa" in browser.message.text()
+    browser.previous.click()
+    idle(browser, qtbot)
+    assert (browser.verdict.currentText(), browser.comment.text()) == ("doubtful", "near the rim")
+    (run / "review.csv").unlink()
+    browser.next.click()
+    idle(browser, qtbot)
+    assert "NOT SAVED" not in browser.message.text()
+    assert Reviews(run / "review.csv").read() == {"aa": Review("doubtful", "near the rim")}
+
+
+def test_what_another_window_says_meanwhile_is_shown_and_stays(browser, qtbot, run):
+    open_run(browser, qtbot, run)
+    Reviews(run / "review.csv").write("bb", Review("implausible"))
+    browser.next.click()
+    idle(browser, qtbot)
+    assert browser.verdict.currentText() == "implausible"
+    browser.comment.setText("near the rim")
+    browser.previous.click()
+    idle(browser, qtbot)
+    assert Reviews(run / "review.csv").read() == {"bb": Review("implausible", "near the rim")}
+
+
+def test_no_picture_of_one_case_is_seen_beside_the_name_of_another(browser, qtbot, run, viewer, tmp_path):
+    open_run(browser, qtbot, run)
+    assert any(layer.visible for layer in viewer.layers)
+    browser.next.click()
+    assert browser.current.id == "bb"
+    assert not any(layer.visible for layer in viewer.layers)
+    assert browser.message.text() == "bb: reading ..."
+    begin(tmp_path / "empty", {})
+    browser.open(tmp_path / "empty")  # while bb is being read
+    idle(browser, qtbot)
+    assert not viewer.layers
+
+
 def test_a_folder_that_is_no_run_is_told(browser, tmp_path):
     browser.open(tmp_path)
     assert "not a run folder" in browser.message.text()

@@ -75,6 +75,18 @@ def test_a_scan_is_explained_by_the_method_target_and_layers_that_were_chosen(lo
     assert (tmp_path / "out" / "scan" / "case.json").is_file()
 
 
+def test_the_map_lies_over_its_own_scan_and_no_other(loaded, qtbot, viewer, tmp_path):
+    own = viewer.layers[0]
+    for layer in read(str(write_scan(tmp_path / "other.nii.gz", grid_of("PSR", 30.0, (40, 48, 20))))):
+        viewer.add_layer(Layer.create(*layer))
+    loaded.scan.setCurrentIndex(loaded.scan.findText("scan.nii.gz"))
+    loaded.explain.click()
+    idle(loaded, qtbot)
+    seen = [layer for layer in viewer.layers if layer.visible]
+    assert [layer.metadata["kind"] for layer in seen] == ["scan", "map"]
+    assert seen[0] is own
+
+
 def test_a_long_method_shows_progress_and_can_be_cancelled(loaded, qtbot, viewer):
     loaded.method.setCurrentText("occlusion")
     loaded.explain.click()

@@ -26,6 +26,20 @@ def test_a_second_word_replaces_the_first_and_no_other_row(tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "review.csv"]
 
 
+def test_what_another_window_said_of_the_same_case_stays(tmp_path):
+    first, second = (Reviews(tmp_path / "review.csv") for _ in range(2))
+    first.write("a", Review("implausible"), Review())
+    second.write("a", Review("", "near the rim"), Review())  # who saw no verdict yet
+    assert first.read() == {"a": Review("implausible", "near the rim")}
+    first.write("a", Review("", "near the rim"), Review("implausible", "near the rim"))
+    assert first.read() == {"a": Review("", "near the rim")}
+
+
+def test_a_line_that_ends_early_is_read(tmp_path):
+    (tmp_path / "review.csv").write_text("verdict,case\nplausible,a\ndoubtful\n")
+    assert Reviews(tmp_path / "review.csv").read() == {"a": Review("plausible"), "": Review("doubtful")}
+
+
 def test_columns_and_rows_of_others_stay(tmp_path):
     path = tmp_path / "review.csv"
     path.write_bytes("\ufeffcase,reader,verdict\r\ngone,'@Ann,doubtful\r\na,Bo,plausible,spilled\r\n".encode())

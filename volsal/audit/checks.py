@@ -23,7 +23,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -48,6 +47,8 @@ _MOVED: tuple[Nuisance, ...] = (Movement(), Movement((0.0, 0.0, 0.0), (3.0, 2.0,
 _DEPTHS = 4
 # The map is compared with those of so many other outputs, those that the model speaks for most.
 _OTHERS = 3
+# What comparing a map with others needs of it is kept for as many maps as fit, and found again for the rest.
+_BYTES, _BYTES_PER_VOXEL = 2**31, 50
 
 Methods = Mapping[str, Method]
 
@@ -218,14 +219,27 @@ def agreement_of(subject: Subject, methods: Methods, seed: int = 0) -> list[dict
     place are left out.
     """
     maps = {name: one for name, one in subject.maps(methods).items() if not isinstance(one, Undefined)}
-    random = np.random.default_rng(seed)
+    room = _BYTES // (_BYTES_PER_VOXEL * int(np.prod(subject.grid.shape)))
+    kept: dict[tuple[str, bool], Compared] = {}
 
-    own = {name: Compared(values, subject.grid) for name, values in maps.items()}
-    moved = {name: Compared(displaced(values, random), subject.grid) for name, values in maps.items()}
-    return [
-        {"methods": [a, b], **alike(own[a].with_(own[b])), "chance": alike(own[a].with_(moved[b]))}
-        for a, b in combinations(own, 2)
-    ]
+    def compared(name: str, moved: bool) -> Compared:
+        if (name, moved) in kept:
+            return kept[name, moved]
+        values = maps[name]
+        if moved:
+            values = displaced(values, np.random.default_rng((seed, list(maps).index(name))))
+        made = Compared(values, subject.grid)
+        if len(kept) < room:
+            kept[name, moved] = made
+        return made
+
+    found = []
+    for at, a in enumerate(maps):
+        own = compared(a, False)
+        for b in list(maps)[at + 1 :]:
+            beside, chance = (alike(own.with_(compared(b, moved))) for moved in (False, True))
+            found.append({"methods": [a, b], **beside, "chance": chance})
+    return found
 
 
 def mean_over(found: Sequence[Any]) -> Any:

@@ -253,13 +253,22 @@ def choose(
         raise SettingError(f"none of {len(chosen)} scans can be used: {reasons}")
     target = explainer.targets[0]
     ranked = rank(records, settings, target)
-    finalists = tuple(one.method for one in ranked if one.answers)[:_FINALISTS]
-    if finalists:
-        left = {name: candidates[name] for name in finalists}
+    checked: dict[str, Method] = {}
+    # Where all of the best fail, the next best are checked: nothing unchecked is recommended.
+    while not (ranked and ranked[0].method in checked):
+        new = [one.method for one in ranked if one.answers and one.method not in checked][:_FINALISTS]
+        if not new:
+            break
+        left = {name: candidates[name] for name in new}
         _check(explainer, used, records, left, settings, clock, minutes, reading)
+        checked |= left
+        ranked = rank(records, settings, target)
+    finalists = {one.method: checked[one.method] for one in ranked if one.answers and one.method in checked}
+    if finalists:
         others = sampled(cases, scans + _RUN_OFF)[len(chosen) :] if len(chosen) == scans else []
-        further = _run_off(explainer, others, left, settings, clock, minutes, reading)
+        further = _run_off(explainer, others, finalists, settings, clock, minutes, reading)
         ranked = rank(records, settings, target, further)
+        ranked.sort(key=lambda one: (not one.answers, one.method not in checked))
     best = ranked[0].method if ranked and ranked[0].answers else None
     method = candidates[best] if best else None
     seconds = time.monotonic() - clock

@@ -6,7 +6,8 @@ share of it that hangs on the property; less what goes along where the other sca
 leaves seams.  No map decides here: maps only tell at which places of the field to try.
 
 A place is sought twice by one procedure, as a place of the field and as a place of the patient, on the half of the
-scans that it is not tried on.  Evidence that belongs to the patient goes along with the second at least as much.
+patients that it is not tried on; neither half gives anything to the other.  Evidence that belongs to the patient goes
+along with the second at least as much.
 """
 
 from __future__ import annotations
@@ -240,29 +241,35 @@ class Exchanges:
     Parameters
     ----------
     seen : the scans
+    patients : case -> whose scan it is
     seed : of which of them are given to which
     """
 
-    def __init__(self, seen: Sequence[Seen], seed: int = 0) -> None:
+    def __init__(self, seen: Sequence[Seen], patients: Mapping[str, str] | None = None, seed: int = 0) -> None:
         self.seen = list(seen)
+        self._owners = [(patients or {}).get(one.subject.case, one.subject.case) for one in seen]
         self.offsets = dict(zip(seen, offsets([one.body for one in seen]), strict=True))
         outputs = [one.subject.output for one in seen]
         #: (N, N) what the question asked of each scan is answered for every other.
         self.scores = np.array([[float(score_of(one.subject.target, o, 1)[0]) for o in outputs] for one in seen])
         self._seed = seed
 
-    def donors(self, at: int) -> tuple[list[int], list[int]]:
-        """Some scans answered otherwise, all to one side, and some answered alike; there may be none."""
+    def donors(self, at: int, among: Sequence[int] | None = None) -> tuple[list[int], list[int]]:
+        """Some scans answered otherwise, all to one side, and some answered alike; there may be none.
+
+        Of ``among``; None: of all.
+        """
         away = self.scores[at, at] - self.scores[at]
         spread = float(self.scores[at].std())
         order = [int(n) for n in np.random.default_rng((self._seed, at)).permutation(len(away)) if n != at]
+        order = [n for n in order if among is None or n in among]
         below, above = ([n for n in order if sign * away[n] >= max(_APART * spread, 1e-12)] for sign in (1, -1))
         alike = [n for n in order if abs(away[n]) <= 0.5 * _APART * spread]
         return max(below, above, key=len)[:_DONORS], alike[:_DONORS]
 
-    def share(self, at: int, exchange: Exchange, donors: int = _DONORS) -> Figure:
-        """How much of the difference of answers goes along with what is exchanged, in [-1, 2]; 0 is none, 1 all."""
-        other, alike = (some[:donors] for some in self.donors(at))
+    def share(self, at: int, exchange: Exchange, donors: int = _DONORS, among: Sequence[int] | None = None) -> Figure:
+        """How much of the difference of answers goes along with what is exchanged, in [-2, 2]; 0 is none, 1 all."""
+        other, alike = (some[:donors] for some in self.donors(at, among))
         if not other or not alike:
             return Undefined("no other scan is answered otherwise, or none alike")
         of = self.seen[at]
@@ -270,7 +277,7 @@ class Exchanges:
         lost = self.scores[at, at] - scores
         gaps = self.scores[at, at] - self.scores[at, other]
         found = (lost[: len(other)] / gaps).mean() - lost[len(other) :].mean() / gaps.mean()
-        return float(np.clip(found, -1, 2))
+        return float(np.clip(found, -2, 2))  # about 0, as the test by signs takes it
 
     def shares(self, exchange: Exchange) -> list[Figure]:
         """Of every scan."""
@@ -285,17 +292,22 @@ class Exchanges:
     def placed(self, maps: Sequence[Mapping[str, NDArray]]) -> Placed:
         """What goes along with a small place of the field and with one of the patient, both sought on other scans."""
         order = [int(at) for at in np.argsort(self.scores[0], kind="stable")]
-        halves = order[0::2], order[1::2]
+        owners = list(dict.fromkeys(self._owners[at] for at in order))
+        halves = [[at for at in order if self._owners[at] in owners[first::2]] for first in (0, 1)]
+        nothing = Undefined("in the other half of the scans, where a place would be sought, none is answered otherwise")
         found: dict[int, tuple[Figure, Figure]] = {}
         still: list[float] = []
         for mine, others in (halves, halves[::-1]):
             place = self._sought(maps, others, False, _SIZES)
             # What is larger carries more, so that both are as large.
             in_patient = self._sought(maps, others, True, [float(place.mask.mean())])
-            found |= {at: (self.share(at, place), self.share(at, in_patient)) for at in mine}
+            if not any(all(self.donors(at, others)) for at in others):
+                found |= dict.fromkeys(mine, (nothing, nothing))
+                continue
+            found |= {at: (self.share(at, place, among=mine), self.share(at, in_patient, among=mine)) for at in mine}
             still.append(self._still(place, others, mine))
         field, patient = zip(*(found[at] for at in range(len(self.seen))), strict=True)
-        return Placed(place, list(field), list(patient), float(np.mean(still)))
+        return Placed(place, list(field), list(patient), float(np.mean(still or [0.5])))
 
     def _still(self, place: Place, known: Sequence[int], asked: Sequence[int]) -> float:
         """How well single voxels of the field tell answers apart: those that do best among ``known`` scans, in others.
@@ -325,7 +337,7 @@ class Exchanges:
             for part in sizes:
                 mask = soft >= ranked[max(8, round(part * ranked.size)) - 1]
                 place = Place(mask, self.offsets if in_body else {})
-                shares = [self.share(at, place, _SOUGHT_DONORS) for at in asked]
+                shares = [self.share(at, place, _SOUGHT_DONORS, among) for at in asked]
                 tried.append((float(np.mean([x for x in shares if not isinstance(x, Undefined)] or [0.0])), place))
         most = max(share for share, _ in tried)
         least = min(int(place.mask.sum()) for share, place in tried if share >= min(most, _NEARLY * most))
@@ -377,9 +389,12 @@ def exchange(
     cases: Sequence[Case],
     settings: AuditSection,
     progress: Callable[[str, int, int], None] | None = None,
+    patients: Mapping[str, str] | None = None,
     **reading: Any,
 ) -> dict[str, Any]:
     """Exchange each property between up to ``settings.exchanged`` scans of one shape.
+
+    ``patients``: case -> whose scan it is; None: each is another's.
 
     Returns
     -------
@@ -388,7 +403,7 @@ def exchange(
     mean square; or ``undefined``: why nothing could be exchanged.
     """
     try:
-        return _exchanged(explainer, cases, settings, progress, reading)
+        return _exchanged(explainer, cases, settings, progress, patients, reading)
     except VolsalError as error:
         return {"undefined": str(error)}
 
@@ -398,12 +413,15 @@ def _exchanged(
     cases: Sequence[Case],
     settings: AuditSection,
     progress: Callable[[str, int, int], None] | None,
+    patients: Mapping[str, str] | None,
     reading: Mapping[str, Any],
 ) -> dict[str, Any]:
+    if not settings.exchanged:
+        return {"undefined": "no exchange was asked for"}
     seen = _seen(explainer, cases, settings, reading)
     sure = [one for one in seen if one.subject.body.sure]
-    known = Exchanges(seen) if len(seen) >= settings.min_scans else None
-    with_body = Exchanges(sure) if len(sure) >= 2 * settings.min_scans else None
+    known = Exchanges(seen, patients) if len(seen) >= settings.min_scans else None
+    with_body = Exchanges(sure, patients) if len(sure) >= 2 * settings.min_scans else None
     if known is None:
         few = f"{len(seen)} scans of one shape, fewer than {settings.min_scans}"
         return {"undefined": f"there are {few}, or no more of them fit into {_BYTES >> 30} GiB together"}
@@ -450,9 +468,17 @@ def _seen(
         # The scan as it was read, which may be large, is not kept.
         subject = replace(subject, ready=None)  # type: ignore[arg-type]
         found.append(Seen.of(subject, settings.body_margin_mm))
-        held += 3 * found[-1].volume.numel() * found[-1].volume.element_size()
+        held += 3 * found[-1].volume.nbytes + _bytes_of(subject.output)
     shapes = Counter(tuple(one.volume.shape) for one in found)
     return [one for one in found if tuple(one.volume.shape) == shapes.most_common(1)[0][0]]
+
+
+def _bytes_of(output: Any) -> int:
+    """What a model's output takes: of a segmentation more than the scan."""
+    if isinstance(output, Tensor):
+        return output.nbytes
+    parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, (list, tuple)) else ()
+    return sum(map(_bytes_of, parts))
 
 
 def described_place(place: Place, seen: Sequence[Seen]) -> dict[str, Any]:
@@ -493,6 +519,7 @@ _TOLD = {
     POSITION: "where in the field the patient lies",
 }
 _MORE = "field more than patient"
+_UNSURE = "the patients are too few, or too unlike, to tell"
 _FLIPS = 1999
 
 
@@ -560,7 +587,8 @@ def _rule(what: str, settings: AuditSection) -> str:
         f"flagged where, of the difference between the answers of scans that are answered otherwise, "
         f"{settings.carried:.0%} or more (low end of the 95 % interval over patients) goes along with {what}, beyond "
         f"what does between scans answered alike; p by flipping signs, after Holm, at most {settings.alpha:g}; "
-        f"{settings.min_scans} scans or more"
+        f"{settings.min_scans} scans or more; not found where the interval lies below {settings.carried:.0%}, and else "
+        "it cannot be told"
     )
 
 
@@ -573,12 +601,14 @@ def _of_property(
 ) -> Verdict:
     rule = _rule(f"what is exchanged between them: {_TOLD[name]}", settings)
     if why or not isinstance(share, Carried) or share.scans < settings.min_scans:
-        return Verdict(name, UNDECIDED, rule, why or _too_few(share), {})
+        return Verdict(name, UNDECIDED, rule, why or _too_few(share, settings), {})
     figures = {**asdict(share), "corrected": corrected[id(share)]}
     words = f"{share.words} goes along with {_TOLD[name]} ({share.scans} scans, corrected p {corrected[id(share)]:.2g})"
-    flagged = share.low >= settings.carried and corrected[id(share)] <= settings.alpha
-    said = f"the answer hangs on {_TOLD[name]}: {words}" if flagged else words
-    return Verdict(name, FLAGGED if flagged else CLEAR, rule, said, figures)
+    if share.low >= settings.carried and corrected[id(share)] <= settings.alpha:
+        return Verdict(name, FLAGGED, rule, f"the answer hangs on {_TOLD[name]}: {words}", figures)
+    if share.high < settings.carried:
+        return Verdict(name, CLEAR, rule, words, figures)
+    return Verdict(name, UNDECIDED, rule, f"{_UNSURE}: {words}", figures)
 
 
 def _of_field(
@@ -596,9 +626,9 @@ def _of_field(
     )
     share, body, more = told.get(FIELD), told.get(_PLACES[1]), told.get(_MORE)
     if why or not (isinstance(share, Carried) and isinstance(body, Carried) and isinstance(more, Carried)):
-        return Verdict(FIELD, UNDECIDED, rule, why or _too_few(share), {})
+        return Verdict(FIELD, UNDECIDED, rule, why or _too_few(share, settings), {})
     if share.scans < settings.min_scans:
-        return Verdict(FIELD, UNDECIDED, rule, _too_few(share), {})
+        return Verdict(FIELD, UNDECIDED, rule, _too_few(share, settings), {})
     figures = {
         "field": asdict(share), "patient": asdict(body), "more": asdict(more), "place": found["place"],
         "bodies_mm": found["bodies_mm"], "corrected": corrected[id(share)],
@@ -614,10 +644,14 @@ def _of_field(
     if large and found["bodies_mm"] < settings.radius_mm / 2:
         lie = f"patients lie alike (within {found['bodies_mm']:.1f} mm), so that field and patient are not told apart"
         return Verdict(FIELD, UNDECIDED, rule, f"{lie}: {words}", figures)
-    return Verdict(FIELD, CLEAR, rule, words, figures)
+    if share.high < settings.carried or more.mean <= 0 or still < settings.still:
+        return Verdict(FIELD, CLEAR, rule, words, figures)
+    return Verdict(FIELD, UNDECIDED, rule, f"{_UNSURE}: {words}", figures)
 
 
-def _too_few(share: Carried | Undefined | None) -> str:
+def _too_few(share: Carried | Undefined | None, settings: AuditSection) -> str:
     if isinstance(share, Undefined):
         return share.reason
-    return "too few scans" if share else "the body is not known in enough scans"
+    if share is None:
+        return f"the body is known in fewer than {2 * settings.min_scans} scans of one shape"
+    return f"only {share.scans} scans could be told, fewer than {settings.min_scans}"

@@ -15,7 +15,6 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from volsal.audit.metric import Better, Figure, Metric, MetricError, Part, Undefined, flaw_of, part_of, require_on
@@ -23,7 +22,7 @@ from volsal.errors import nearest
 from volsal.grid import Grid
 
 # Distances computed at a time.
-_PAIRS = 1 << 22
+_PAIRS = 1 << 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,11 +120,6 @@ class Comparison:
     def peaks(self) -> NDArray[np.int64]:
         """(P, 3) the voxels of the maximum."""
         return np.argwhere(self.relevance == self.relevance.max())
-
-    @cached_property
-    def peaks_to_mask_mm(self) -> NDArray[np.float64]:
-        """(P,) from the centre of each maximum to the nearest centre of a voxel of the mask."""
-        return nearest_mm(self.grid.world(self.peaks), self.grid.world(np.argwhere(self.truth)))
 
     @cached_property
     def centroid_mm(self) -> NDArray[np.float64]:
@@ -245,7 +239,7 @@ def peak_to_mask_mm(of: Comparison) -> float:
     """From the map's maximum, the nearest of equal ones, to the nearest voxel centre of the mask; 0 inside, mm."""
     if of.truth[tuple(of.peaks.T)].any():
         return 0.0
-    return float(of.peaks_to_mask_mm.min())
+    return nearest_mm(of.grid.world(of.peaks), of.grid.world(np.argwhere(of.truth)))
 
 
 def peak_to_centroid_mm(of: Comparison) -> float:
@@ -265,7 +259,7 @@ def peak_to_surface_mm(of: Comparison) -> float:
     positive too: it says how deep the peak lies.
     """
     surface = of.grid.world(np.argwhere(surface_of(of.truth)))
-    return float(nearest_mm(of.grid.world(of.peaks), surface).min())
+    return nearest_mm(of.grid.world(of.peaks), surface)
 
 
 def lesion_hit_rate(of: Comparison) -> float:
@@ -289,17 +283,31 @@ def _reached(of: Comparison, places: NDArray[np.float64], part: NDArray[np.bool_
     voxels = of.grid.world(np.argwhere(part))
     low, high = voxels.min(axis=0) - of.tolerance_mm, voxels.max(axis=0) + of.tolerance_mm
     near = places[((places >= low) & (places <= high)).all(axis=1)]
-    return bool(len(near)) and bool(nearest_mm(near, voxels).min() <= of.tolerance_mm)
+    return bool(len(near)) and nearest_mm(near, voxels) <= of.tolerance_mm
 
 
-def nearest_mm(points: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(P,) distance of each of ``points`` (P, 3) to the nearest of ``others`` (M, 3), mm; exact on any grid."""
-    there = torch.from_numpy(np.ascontiguousarray(others))
-    rows = max(1, _PAIRS // max(1, len(others)))
-    parts = torch.from_numpy(np.ascontiguousarray(points)).split(rows)
-    # Not by a product of matrices, which loses digits far from the origin.
-    apart = [torch.cdist(part, there, compute_mode="donot_use_mm_for_euclid_dist").amin(1) for part in parts]
-    return torch.cat(apart).numpy()
+def nearest_mm(points: NDArray[np.float64], others: NDArray[np.float64], below: float = np.inf) -> float:
+    """Distance of the nearest two of ``points`` (P, 3) and ``others`` (M, 3), mm; ``below`` where none are so near.
+
+    Exact on any grid.  Plateaus of many equal maxima have more pairs than fit into memory or time: the larger set is
+    halved, and halves whose boxes lie no nearer than a pair that is known are passed over.
+    """
+    if len(points) * len(others) <= _PAIRS:
+        # Not by a product of matrices, which loses digits far from the origin.
+        return min(below, float(np.linalg.norm(points[:, None] - others[None], axis=2).min()))
+    large, small = (points, others) if len(points) >= len(others) else (others, points)
+    along = int(np.ptp(large, axis=0).argmax())
+    halves = np.split(large[np.argpartition(large[:, along], len(large) // 2)], [len(large) // 2])
+    for apart, half in sorted(((_between_boxes(half, small), half) for half in halves), key=lambda pair: pair[0]):
+        if apart < below:
+            below = nearest_mm(half, small, below)
+    return below
+
+
+def _between_boxes(points: NDArray[np.float64], others: NDArray[np.float64]) -> float:
+    """The least distance that points in the boxes around two sets can have."""
+    gaps = np.maximum(points.min(axis=0) - others.max(axis=0), others.min(axis=0) - points.max(axis=0))
+    return float(np.linalg.norm(np.maximum(gaps, 0)))
 
 
 def centroid_mm(weights: NDArray, grid: Grid) -> NDArray[np.float64]:

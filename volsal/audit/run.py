@@ -31,12 +31,14 @@ from __future__ import annotations
 
 import copy
 import csv
+import inspect
 import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -84,6 +86,7 @@ FILE, TABLE = "audit.json", "audit.csv"
 # Group columns that usually say whose scan it is.
 _PATIENT = ("patient", "patient_id", "subject", "subject_id", "participant_id")
 _CHOICE_SCANS = 24
+_LIBRARIES = ("torch", "monai", "volsal")
 
 Progress = Callable[[str, int, int], None]
 
@@ -324,11 +327,13 @@ class _Asked:
     def _exchanges(self) -> dict[str, Any]:
         """What goes along when it is exchanged between scans, from the run folder where it has that."""
         keys = [self._key(number, {}, {}) for number in range(len(self.cases))]
-        key = sha256(json.dumps([*keys, self.settings.exchanged, self.settings.min_scans]).encode()).hexdigest()
+        patients = _patients(self.cases, self.settings)
+        asked = [*keys, self.settings.exchanged, self.settings.min_scans, list(patients.items())]
+        key = sha256(json.dumps(asked).encode()).hexdigest()
         place = self.place.folder / f"exchanges{self.place.mark}.json" if self.place.folder else None
         found = _kept(place, key)
         if found is None:
-            found = exchange(self.explainer, self.cases, self.settings, self.progress, **self.reading)
+            found = exchange(self.explainer, self.cases, self.settings, self.progress, patients, **self.reading)
             if place:
                 _write(place, {"key": key, **found})
         return found
@@ -348,6 +353,16 @@ class _Asked:
                     return found[-1]
         return found[0] if found else Undefined("no other scan is checked")
 
+    @cached_property
+    def _model(self) -> list[str]:
+        """What the model is beside its weights: its parts with their settings, and the code of those that are a user's.
+
+        What that code calls elsewhere is not seen.
+        """
+        kinds = {type(part) for part in self.explainer.model.modules()}
+        own = sorted((kind for kind in kinds if kind.__module__.partition(".")[0] not in _LIBRARIES), key=repr)
+        return [repr(self.explainer.model), *map(_source_of, own)]
+
     def _key(self, number: int, methods: Mapping[str, Method], candidates: Mapping[str, Method]) -> str:
         """Of all that a case's figures depend on; thresholds of the verdicts are no part of it."""
         explainer, settings, deep = self.explainer, self.settings, number < self.settings.checked
@@ -357,6 +372,7 @@ class _Asked:
         content = {
             "version": VERSION,
             "weights": explainer.weights_sha256,
+            "model": self._model,
             "preprocess": repr(explainer.preprocess),
             "target": repr(explainer.targets[0]),
             "methods": {name: repr(method) for name, method in methods.items()},
@@ -372,6 +388,13 @@ class _Asked:
             "others": [_digests(case) for case in self._others(number)] if deep else None,
         }
         return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _source_of(kind: type) -> str:
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):  # it was made without a file
+        return repr(kind)
 
 
 def _digests(case: Case) -> list[Any]:

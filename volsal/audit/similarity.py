@@ -241,4 +241,4 @@ def peak_distance_mm(first: NDArray, second: NDArray, grid: Grid) -> Figure:
     if flaw:
         return flaw
     places = [grid.world(np.argwhere(values == values.max())) for values in (first, second)]
-    return float(nearest_mm(places[0], places[1]).min())
+    return nearest_mm(places[0], places[1])

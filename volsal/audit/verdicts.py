@@ -140,6 +140,10 @@ class Evidence:
         largest = max(0.0, trial["control_largest"])
         return bool(size > 0 and trial["effect"] > largest and trial["effect"] >= max(enough * size, least))
 
+    def tried(self, record: Mapping[str, Any]) -> bool:
+        """Whether balls could be tried where the method's map is highest in a region, and the score told apart."""
+        return "suspects" in self.told(record) and self.spread[record["case"]] > 0
+
     def suspects(self, region: str) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
         """The scans, with the trial, in which something in a region moves the score."""
         found = [(record, self.told(record).get("suspects", {}).get(region)) for record in self.records]
@@ -168,16 +172,21 @@ def _of_region(
         f"more move the score by {settings.shortcut_effect:g} of its spread or more, and more than every ball "
         f"elsewhere, without a {settings.radius_mm:g} mm ball at the highest place of {evidence.name} {region}"
         + (f" (more than {settings.body_margin_mm:g} mm away)" if region == OUTSIDE else "")
-        + f"; binomial p, corrected after Bonferroni, at most {settings.alpha:g}"
+        + f"; binomial p, corrected after Bonferroni, at most {settings.alpha:g}; of fewer scans, or where the map has "
+        "no place, it cannot be told"
     )
-    figures, flagged = {}, []
+    figures: dict[str, dict[str, Any]] = {}
+    flagged, few = [], {}
     for answer in evidence.answers:
         mine = [r for r in evidence.records if r["answer"] == answer and (region == PADDING or r["body"]["sure"])]
         there = [(record, trial) for record, trial in found if record["answer"] == answer]
         chance = min(1.0, tests * binomial_tail(len(there), len(mine), 1 / (1 + settings.controls)))
         densities = [figure(evidence.told(r).get("regions", {}).get(region, {}).get("density")) for r in mine]
+        tried = sum(map(evidence.tried, mine))
+        if tried < settings.min_scans:
+            few[answer] = tried
         figures[answer] = {
-            "scans": len(mine), "suspicious": len(there), "p_value": chance,
+            "scans": len(mine), "tried": tried, "suspicious": len(there), "p_value": chance,
             "density": described(summarise(densities, evidence.owners(mine), "median")),
         }  # fmt: skip
         large = len(mine) >= settings.min_scans and len(there) >= settings.shortcut_share * len(mine)
@@ -187,8 +196,14 @@ def _of_region(
         said = next(record["body"]["said"] for record in evidence.records)
         return Verdict(region, UNDECIDED, rule, f"the body is not known in any scan; it is {said}", figures)
     if not flagged:
-        some = f"in {len(found)} of {len(evidence.records)} scans something there moves the score"
-        return Verdict(region, CLEAR, rule, f"{some}, too few to speak of a shortcut" if found else some, figures)
+        of = sum(one["tried"] for one in figures.values())
+        some = f"in {len(found)} of {of} scans something there moves the score"
+        if found:
+            some += ", too few to speak of a shortcut"
+        if few:
+            answers = ", ".join(f"{answer} ({tried})" for answer, tried in few.items())
+            some += f"; tried in too few scans to tell of: {answers}"
+        return Verdict(region, UNDECIDED if len(few) == len(figures) else CLEAR, rule, some, figures)
     words = "; ".join(_shortcut(evidence, answer, there, of) for answer, there, of in flagged)
     return Verdict(region, FLAGGED, rule, words, figures)
 

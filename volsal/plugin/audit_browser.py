@@ -34,7 +34,7 @@ from volsal.errors import VolsalError
 from volsal.plugin.cases import CaseRow, CaseTable
 from volsal.plugin.job import Job
 from volsal.plugin.map_look import MapLook, beside
-from volsal.plugin.review import Review
+from volsal.plugin.review import Review, Reviews
 from volsal.viewer.layers import LayerData, napari_world
 from volsal.viewer.opening import Opened, open_folder
 from volsal.viewer.show import face, faced, orient
@@ -160,6 +160,8 @@ class AuditBrowser(QWidget):
         self.current: CaseRow | None = None
         self.job: Job | None = None
         self._layers: list[Layer] = []
+        # By run and case what the disk refused, with what was there before.
+        self._unsaved: dict[tuple[Path, str], tuple[Reviews, Review, Review]] = {}
         self._make_widgets()
         self._lay_out()
         self._connect()
@@ -260,8 +262,9 @@ class AuditBrowser(QWidget):
         return True
 
     def say(self, *words: str) -> None:
-        """Put lines under the buttons."""
-        self.message.setText("\n".join(filter(None, words)))
+        """Put lines under the buttons; what is not saved is said again until it is."""
+        lost = ", ".join(case for _, case in self._unsaved)
+        self.message.setText("\n".join(filter(None, [lost and f"NOT SAVED yet: {lost}", *words])))
 
     # ---- the run
 
@@ -277,6 +280,10 @@ class AuditBrowser(QWidget):
         except (VolsalError, OSError) as error:
             self.say(str(error))
             return
+        self._review()
+        if self.job is not None:
+            self.job.cancel()
+        self._clear()
         self.folder.setText(str(path))
         self.table, self.current = table, None
         self.cases = Cases(table, self)
@@ -324,6 +331,10 @@ class AuditBrowser(QWidget):
             return
         self._review()
         self.current = row
+        self._reread(row)
+        for layer in self._layers:  # or the last case is seen beside this one's name until this one is read
+            layer.visible = False
+        self.say(f"{row.id}: reading ...")
         self.verdict.blockSignals(True)
         self.verdict.setCurrentText(row.review.verdict)
         self.verdict.blockSignals(False)
@@ -400,14 +411,32 @@ class AuditBrowser(QWidget):
         if row is None or table is None or self.cases is None:
             return
         review = Review(self.verdict.currentText().strip(), self.comment.text().strip())
-        if review == row.review:
+        if review != row.review:
+            key = table.run.path, row.id
+            before = self._unsaved[key][2] if key in self._unsaved else row.review
+            self._unsaved[key] = table.reviews, review, before
+            row.review = review
+            self.cases.reviewed(row)
+        self._save()
+
+    def _save(self) -> None:
+        """Write what is not written yet; what the disk refuses is kept."""
+        for key, (reviews, review, before) in list(self._unsaved.items()):
+            try:
+                reviews.write(key[1], review, before)
+            except (VolsalError, OSError) as error:
+                self.say(str(error))
+            else:
+                del self._unsaved[key]
+
+    def _reread(self, row: CaseRow) -> None:
+        """Take over what was said of the case in another window meanwhile."""
+        if self.table is None or self.cases is None or (self.table.run.path, row.id) in self._unsaved:
             return
         try:
-            table.reviews.write(row.id, review)
-        except (VolsalError, OSError) as error:
-            self.say(f"NOT SAVED: {error}")
-            return
-        row.review = review
+            row.review = self.table.reviews.read().get(row.id, row.review)
+        except (VolsalError, OSError):
+            return  # what is written next says so
         self.cases.reviewed(row)
 
 

@@ -242,6 +242,8 @@ class ExplainPanel(QWidget):
         for layer in self.viewer.layers:
             if layer.metadata.get("kind") == "map":
                 layer.visible = False
+            if layer.metadata.get("kind") == "scan":  # another one's picture would lie under this one's map
+                layer.visible = _is_of(layer.metadata["scan"], scan)
         for shown in reversed(explanation.maps):
             layer = map_layer(shown.values, scan.grid, shown.name, shown.window, shown.unit, shown.signed, scan)
             self._add(layer)
@@ -276,8 +278,11 @@ class ExplainPanel(QWidget):
 
 
 def _is_of(shown: Scan | None, scan: Scan) -> bool:
-    """Whether a layer is of that very scan."""
-    return shown is scan or (shown is not None and shown.sha256 is not None and shown.sha256 == scan.sha256)
+    """Whether a layer is of that very scan, and not of another volume in its file."""
+    if shown is None or shown is scan:
+        return shown is scan
+    ours, theirs = ((one.sha256, one.volume, one.series, one.slices) for one in (scan, shown))
+    return scan.sha256 is not None and ours == theirs
 
 
 def _told(explanation: Explanation) -> str:

@@ -47,8 +47,8 @@ class Reviews:
         """
         return {row["case"]: Review(row.get("verdict", ""), row.get("comment", "")) for row in self._rows()}
 
-    def write(self, case: str, review: Review) -> None:
-        """Put one case's review into the file.
+    def write(self, case: str, review: Review, before: Review | None = None) -> None:
+        """Put one case's review into the file; what it has in common with ``before`` stays as the file has it.
 
         Raises
         ------
@@ -62,7 +62,9 @@ class Reviews:
         if own is None:
             own = {"case": case}
             rows.append(own)
-        own |= {"verdict": review.verdict, "comment": review.comment}
+        for name in ("verdict", "comment"):
+            if before is None or getattr(review, name) != getattr(before, name):
+                own[name] = getattr(review, name)
         own["time"] = datetime.now(UTC).isoformat(timespec="seconds")
         columns = list(dict.fromkeys([*_COLUMNS, *(name for row in rows for name in row)]))
         with replacing(self.path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
@@ -90,7 +92,7 @@ class Reviews:
 def _row(header: list[str], line: list[str]) -> dict[str, str]:
     # A cell beyond the header's last belongs to no column, and is kept in one of its own.
     names = [*header, *(f"column {number + 1}" for number in range(len(header), len(line)))]
-    return dict(zip(names, line, strict=False))
+    return dict.fromkeys(header, "") | dict(zip(names, line, strict=False))
 
 
 def _cell(text: str) -> str:

@@ -94,7 +94,7 @@ def _convolution(call: Call) -> Place:
     axes = weight.ndim - 2
     stride, padding, dilation = (_per_axis(call.given[name], axes) for name in ("stride", "padding", "dilation"))
     centre = [(k - 1) * d / 2 - p for k, d, p in zip(weight.shape[2:], dilation, padding, strict=True)]
-    lines = [(1 / s, -c / s) if call.given["transposed"] else (s, c) for s, c in zip(stride, centre, strict=True)]
+    lines = [(1 / s, -c / s) if call.given.get("transposed") else (s, c) for s, c in zip(stride, centre, strict=True)]
     return _window(call, call.place.mixed(-axes - 1, call.shape[-axes - 1]), lines)
 
 
@@ -365,7 +365,7 @@ def _attention(call: Call) -> Place:
 
 # By the operator's name without the underscore of its in-place form; the first match counts.
 _RULES: tuple[tuple[str, Rule], ...] = (
-    (r"_?convolution(_overrideable)?", _convolution),
+    (r"(_|mkldnn_)?convolution(_overrideable)?", _convolution),
     (r"(max|avg)_pool\dd(_with_indices)?", _pool),
     (r"_?adaptive_(max|avg)_pool\dd", _adaptive_pool),
     (r"_?upsample_.*", _resample),
