@@ -478,5 +478,38 @@ def test_an_audit_is_told_with_its_rules_and_suspicious_scans_first(tmp_path):
                   "permuted 0.125", "what it does not tell", "cohort/mean.nii.gz",
                   "1 scan left out: no grid"):  # fmt: skip
         assert words in page
+
+
+def test_the_report_begins_with_the_audits_verdicts_in_short_and_the_most_suspicious_case(tmp_path):
+    folder = small_run(tmp_path / "run", ("one", "two"))
+    told = [("recommended map", "grad-cam", "trust"), ("trust: grad-cam", "can be trusted", "trust"),
+            ("trust: cam", "can be trusted", "trust"), ("random weights: cam", "failed", "trust"),
+            ("random weights: grad-cam", "passed", "trust"), ("agreement", "cannot be told", "trust"),
+            ("in padding", "not found", "shortcuts"), ("in a corner", "not found", "shortcuts"),
+            ("<i>outside</i>", "flagged", "shortcuts")]  # fmt: skip
+    verdicts = [{"name": n, "verdict": v, "part": p, "rule": "", "words": "", "figures": {}} for n, v, p in told]
+    found = {
+        "verdicts": verdicts, "metrics": {}, "cases": ["one", "two"], "skipped": {}, "map": "grad-cam",
+        "suspicious": [{"case": "two", "reason": "evidence in the air", "weight": 2.5}],
+        "parts": [{"id": "trust", "title": "Believed?", "headings": {}},
+                  {"id": "shortcuts", "title": "Shortcuts?", "headings": {}}],
+    }  # fmt: skip
+    (folder / "audit.json").write_text(json.dumps(found))
+    page = " ".join(re.sub(r"</?(b|td|tr|th)[^>]*>", " ", write_report(folder).read_text()).split())
+    assert (
+        "Believed? grad-cam : recommended map; can be trusted : grad-cam, cam; failed : random weights: cam; "
+        "passed : 1 rule; cannot be told : 1 rule. "
+        "Shortcuts? flagged : &lt;i&gt;outside&lt;/i&gt;; not found : 2 rules."
+    ) in page
+    content = json.loads(re.search(r'class="content"[^>]*>(.*?)</script>', page).group(1))
+    assert content["columns"][content["order"]]["label"] == "suspicion"
+    found["suspicious"] = []
+    (folder / "audit.json").write_text(json.dumps(found))
+    content = json.loads(re.search(r'class="content"[^>]*>(.*?)</script>', write_report(folder).read_text()).group(1))
+    assert content["order"] == 0
+
+
+def test_a_report_without_a_sensible_audit_says_that_there_is_none(tmp_path):
+    folder = small_run(tmp_path / "run", ("one", "two"))
     (folder / "audit.json").write_text("[]")
     assert "No audit of these maps" in write_report(folder).read_text()

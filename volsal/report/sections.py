@@ -209,7 +209,31 @@ def summary(overview: Overview) -> dict[str, Any]:
         "maps": _map_states(overview),
         "notes": _common_notes(overview),
         "audited": overview.audit is not None,
+        "answers": _answers(overview.audit) if overview.audit else [],
     }
+
+
+# The column by which the cases stand where there is an audit.
+_SUSPICION = "suspicion"
+# Verdicts that say of a rule that it found nothing amiss, or nothing at all: of these, how many is enough at a glance.
+_QUIET = frozenset(("passed", "not found", "cannot be told"))
+
+
+def _answers(audit: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The audit at a glance: to each of its questions, the verdicts given, with what they are about."""
+    found = []
+    for asked in (audit, *audit.get("further", ())):
+        for part in audit.get("parts", ()):
+            about: dict[str, list[str]] = {}
+            for one in asked["verdicts"]:
+                if one.get("part") == part["id"]:
+                    about.setdefault(one["verdict"], []).append(one["name"].removeprefix("trust: "))
+            said = [(word, len(names) if word in _QUIET else ", ".join(names)) for word, names in about.items()]
+            if said:
+                said.sort(key=lambda one: one[0] in _QUIET)
+                target = asked.get("target") if audit.get("further") else None
+                found.append({"question": part["title"], "target": target, "said": said})
+    return found
 
 
 def _map_states(overview: Overview) -> list[dict[str, Any]]:
@@ -280,10 +304,12 @@ def reading(overview: Overview) -> dict[str, Any]:
 def listing(overview: Overview) -> dict[str, Any]:
     """The table of cases and their pictures."""
     pages = [overview.pages.get(case.id) for case in overview.cases]
+    shown = columns(overview)
     return {
         "names": overview.map_names,
         "content": {
-            "columns": [_described(column) for column in columns(overview)],
+            "columns": [_described(column) for column in shown],
+            "order": next((at for at, column in enumerate(shown) if column.label == _SUSPICION), 0),
             "links": [page and page.link for page in pages],
             "pictures": {name: _pictures(overview, pages, name) for name in overview.map_names},
         },
@@ -328,7 +354,7 @@ def columns(overview: Overview) -> list[Column]:
         weights = Counter[str]()
         for one in overview.audit["suspicious"]:
             weights[one["case"]] = max(weights[one["case"]], one["weight"])
-        about_cases.append(Column("suspicion", [weights.get(case.id) for case in cases], "number"))
+        about_cases.append(Column(_SUSPICION, [weights.get(case.id) for case in cases], "number"))
     told = [column for column in about_cases if any(value not in (None, "") for value in column.values)]
     return [*told, *(column for name in overview.map_names for column in _map_columns(cases, name))]
 
@@ -401,7 +427,7 @@ def making(overview: Overview) -> dict[str, Any]:
 
 
 SECTIONS = (
-    Section("summary", "What was run", summary),
+    Section("summary", "In short", summary),
     Section("audit", "Whether the maps can be believed", audit),
     Section("reading", "What the maps are, and are not", reading),
     Section("listing", "Cases", listing),

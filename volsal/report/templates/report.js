@@ -421,8 +421,8 @@ class Listing {
     this.count = this.links.length;
     this.field = name => $(`[name=${name}]`, root);
     this.texts = this.links.map((_, row) => this.columns.filter(column => column.kind !== 'number').map(column => column.values[row] ?? '').join('\n').toLowerCase());
-    this.order = this.columns[0];
-    this.down = false;
+    this.order = this.columns[this.order];
+    this.down = this.order.kind === 'number';
     this.visible = AT_ONCE;
     this.build();
     this.rows = this.links.map(() => null);
