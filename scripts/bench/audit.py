@@ -155,16 +155,22 @@ def main() -> None:
     parser.add_argument("--only", nargs="*")
     parser.add_argument("--random", type=int, default=0)
     arguments = parser.parse_args()
+    if not (arguments.truth / "models.py").is_file():
+        parser.error(
+            f"--truth {arguments.truth}: no models.py there; name the folder of models whose evidence is known"
+        )
     arguments.weights.mkdir(parents=True, exist_ok=True)
     found = []
     with tempfile.TemporaryDirectory() as place:
         models = [
-            *(of_truth(arguments.truth) if arguments.truth.is_dir() else ()),
+            *of_truth(arguments.truth),
             *of_phantoms(Path(place), arguments.weights, arguments.seeds),
         ]
         for name, task, cause, load in models:
             if arguments.only is None or name in arguments.only or task in arguments.only:
                 found.append((cause, *row(name, task, cause, load, arguments.scans)))
+    if not found:
+        parser.error(f"--only {' '.join(arguments.only)}: no model or task is called that")
     honest, false = [named for cause, named, _ in found if cause is None], [n for c, n, _ in found if c is not None]
     asked = [good for *_, good in found if good is not None]
     print(

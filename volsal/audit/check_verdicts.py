@@ -97,27 +97,55 @@ def _minus(one: Figure, other: Figure) -> Figure:
 
 
 def _of_weights(mine: _Checked) -> Verdict:
-    def last(one: Mapping[str, Any]) -> Figure:
-        return figure(one["cascading"][-1]["ssim"])
+    layers = mine.found[0]["cascading"][-1]["of"]
+    return _drawn_otherwise(
+        mine, _WEIGHTS, lambda one: figure(one["cascading"][-1]["ssim"]),
+        "with that of a model whose layers are all random", f"with all {layers} layers random the map's SSIM with the "
+        "trained model's", "Adebayo et al. 2018; the rule of Arun et al. 2021", "all layers random",
+        {mode: _steps(mine, mode) for mode in ("cascading", "independent")},
+    )  # fmt: skip
+
+
+def _of_labels(mine: _Checked) -> list[Verdict]:
+    """None where there is no model of random labels."""
+    if not all("random labels" in one for one in mine.found):
+        return []
+    return [
+        _drawn_otherwise(
+            mine, _LABELS, lambda one: figure(one["random labels"]["ssim"]),
+            "with that of the model trained on shuffled labels", "the map's SSIM with that of the model of shuffled "
+            "labels", "Adebayo et al. 2018", "random labels",
+        )
+    ]  # fmt: skip
+
+
+def _drawn_otherwise(
+    mine: _Checked,
+    check: str,
+    drawn: Callable[[Mapping[str, Any]], Figure],
+    which: str,
+    measured: str,
+    source: str,
+    called: str,
+    further: Mapping[str, Any] | None = None,
+) -> Verdict:
+    """Whether a model that knows nothing draws the map more alike than the maps of two scans are."""
 
     def unrelated(one: Mapping[str, Any]) -> Figure:
         return figure(one["unrelated"]["ssim"])
 
-    layers, limit = mine.found[0]["cascading"][-1]["of"], mine.settings.max_excess
-    apart, drawn, usual = (mine.over(f) for f in (lambda one: _minus(last(one), unrelated(one)), last, unrelated))
+    limit = mine.settings.max_excess
+    apart, own, usual = (mine.over(f) for f in (lambda one: _minus(drawn(one), unrelated(one)), drawn, unrelated))
     rule = (
-        "passed where the SSIM of the map with that of a model whose layers are all random, less the SSIM of the maps "
-        f"of two scans, is at most {limit:g}{_INTERVAL} (Adebayo et al. 2018; the rule of Arun et al. 2021)"
+        f"passed where the SSIM of the map {which}, less the SSIM of the maps of two scans, is at most "
+        f"{limit:g}{_INTERVAL} ({source})"
     )
     words = (
-        f"with all {layers} layers random the map's SSIM with the trained model's is {told(drawn)} over {drawn.n} "
-        f"scans, that of the maps of two scans {told(usual)}; the difference is {told(apart, '+')}"
+        f"{measured} is {told(own)} over {own.n} scans, that of the maps of two scans {told(usual)}; the difference is "
+        f"{told(apart, '+')}"
     )
-    figures = {
-        "excess": described(apart), "all layers random": described(drawn), "two scans": described(usual),
-        **{mode: _steps(mine, mode) for mode in ("cascading", "independent")},
-    }  # fmt: skip
-    return Verdict(f"{_WEIGHTS}: {mine.name}", judged(apart, limit), rule, words, figures)
+    figures = {"excess": described(apart), called: described(own), "two scans": described(usual), **(further or {})}
+    return Verdict(f"{check}: {mine.name}", judged(apart, limit), rule, words, figures)
 
 
 def _steps(mine: _Checked, mode: str) -> list[dict[str, Any]]:
@@ -178,31 +206,6 @@ def _of_areas(mine: _Checked) -> Verdict:
     figures = {f"{kind}, {control}": described(of) for (kind, control), of in found.items()}
     said = f"areas between the curves, in the score's unit: {words}"
     return Verdict(f"{_AREAS}: {mine.name}", verdict, rule, said, figures)
-
-
-def _of_labels(mine: _Checked) -> list[Verdict]:
-    """None where there is no model of random labels."""
-    if not all("random labels" in one for one in mine.found):
-        return []
-
-    def drawn(one: Mapping[str, Any]) -> Figure:
-        return figure(one["random labels"]["ssim"])
-
-    def unrelated(one: Mapping[str, Any]) -> Figure:
-        return figure(one["unrelated"]["ssim"])
-
-    limit = mine.settings.max_excess
-    apart, own, usual = (mine.over(f) for f in (lambda one: _minus(drawn(one), unrelated(one)), drawn, unrelated))
-    rule = (
-        "passed where the SSIM of the map with that of the model trained on shuffled labels, less the SSIM of the maps "
-        f"of two scans, is at most {limit:g}{_INTERVAL} (Adebayo et al. 2018)"
-    )
-    words = (
-        f"the map's SSIM with that of the model of shuffled labels is {told(own)} over {own.n} scans, that of the maps "
-        f"of two scans {told(usual)}; the difference is {told(apart, '+')}"
-    )
-    figures = {"excess": described(apart), "random labels": described(own), "two scans": described(usual)}
-    return [Verdict(f"{_LABELS}: {mine.name}", judged(apart, limit), rule, words, figures)]
 
 
 def of_agreement(evidence: Evidence) -> list[Verdict]:
