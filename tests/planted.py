@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from volsal import Explainer
 from volsal.scans.find import Case
 
 SIZE, MM = 24, 6.0
@@ -80,6 +81,11 @@ def cases(folder, cue, count, seed=0, size=SIZE, masks=False):
         groups = {"site": "ab"[number % 2]}
         found.append(Case(path.name.split(".")[0], (path,), label=str(1 - number % 2), masks=given, groups=groups))
     return found
+
+
+def explainer(net, targets="predicted-class", methods="gradient-x-input"):
+    """Of a network that takes the phantoms as they are."""
+    return Explainer(net, None, methods, targets)
 
 
 class Bright(nn.Module):
@@ -168,7 +174,7 @@ def kept(folder, kind, cue, seed):
     return net.eval(), found["accuracy"]
 
 
-def trained(net, cue, steps=300, seed=0, size=SIZE):
+def trained(net, cue, steps=200, seed=0, size=SIZE):
     """The net, trained on 256 phantoms of the cue, and its accuracy on 64 others."""
     random = np.random.default_rng((seed, 77))
     made = [phantom(random, cue, bool(at % 2), size)[0] for at in range(320)]

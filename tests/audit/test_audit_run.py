@@ -3,15 +3,17 @@
 import csv
 import json
 from dataclasses import replace
+from functools import partial
 
 import nibabel as nib
 import numpy as np
 import planted
 import pytest
 import torch
+from planted import explainer
 from typer.testing import CliRunner
 
-from volsal import Explainer, GradientTimesInput
+from volsal import GradientTimesInput
 from volsal.audit import run
 from volsal.audit.metric import Undefined
 from volsal.audit.run import audit
@@ -27,13 +29,8 @@ REGIONS = ("outside the body", "in padding", "at the field's border", "in a corn
 
 
 @pytest.fixture(scope="module")
-def scans(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("scans")
-    return lambda cue, count=12: planted.cases(folder, cue, count, masks=True)
-
-
-def explainer(net, method="gradient-x-input"):
-    return Explainer(net, None, method, "predicted-class")
+def scans(scans):
+    return partial(scans, masks=True)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import json
 import tracemalloc
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import nibabel as nib
@@ -36,13 +37,12 @@ SETTINGS = AuditSection(candidates=False, min_scans=3, checked=2, controls=9, ex
 GXI = {"gxi": GradientTimesInput()}
 
 
-@pytest.fixture(scope="module")
-def lesions(tmp_path_factory):
-    return planted.cases(tmp_path_factory.mktemp("lesions"), "lesion", 6)
+explainer = partial(planted.explainer, methods=GXI)
 
 
-def explainer(net, targets="predicted-class", methods=None):
-    return Explainer(net, None, methods or {"gxi": GradientTimesInput()}, targets)
+@pytest.fixture
+def lesions(scans):
+    return scans("lesion", 6)
 
 
 def two_maps(one, other):

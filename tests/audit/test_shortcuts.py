@@ -6,8 +6,8 @@ import numpy as np
 import planted
 import pytest
 import torch
+from planted import explainer
 
-from volsal import Explainer
 from volsal.audit.anatomy import Body
 from volsal.audit.exchange import (
     AIR,
@@ -43,18 +43,8 @@ SHAPE = (16, 18, 20)
 
 
 @pytest.fixture(scope="module")
-def scans(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("scans")
-    return lambda cue, count=16: planted.cases(folder, cue, count)
-
-
-@pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     return tmp_path_factory.mktemp("weights")
-
-
-def explainer(net):
-    return Explainer(net, None, "gradient-x-input", "predicted-class")
 
 
 def verdicts(net, cases):
@@ -70,7 +60,7 @@ def flagged(found):
 
 
 def test_an_honest_model_is_not_flagged(scans):
-    found = verdicts(planted.Bright(), scans("lesion"))
+    found = verdicts(planted.Bright(), scans("lesion", 16))
     assert flagged(found) == []
     assert {found[name].verdict for name in (AIR, TONE, DETAIL, SIZE, POSITION)} == {CLEAR}
     assert found[FIELD].figures["place"]["still"] < 0.85
@@ -78,7 +68,7 @@ def test_an_honest_model_is_not_flagged(scans):
 
 @pytest.mark.parametrize(("cue", "where"), [("dot", planted.DOT), ("line", LINE)])
 def test_a_cue_fixed_in_the_field_through_the_body_is_named_with_its_place(scans, cue, where):
-    found = verdicts(planted.Bright(where), scans(cue))
+    found = verdicts(planted.Bright(where), scans(cue, 16))
     assert FIELD in flagged(found)
     assert AIR not in flagged(found)
     place = found[FIELD].figures["place"]
@@ -132,19 +122,19 @@ def test_where_one_half_has_one_kind_of_answers_no_place_is_tried_in_the_other()
 
 
 def test_a_marker_outside_is_found_by_what_lies_around_the_patient(scans):
-    found = verdicts(planted.Bright(planted.MARKER), scans("marker"))
+    found = verdicts(planted.Bright(planted.MARKER), scans("marker", 16))
     assert AIR in flagged(found)
     assert found[AIR].figures["mean"] == pytest.approx(1, abs=0.05)
     assert "left posterior inferior" in found[FIELD].words
 
 
 def test_the_whole_audit_names_the_brightness_and_keeps_what_was_exchanged(scans, tmp_path, monkeypatch):
-    found = audit(explainer(planted.Level()), scans("brightness"), SETTINGS, tmp_path)
+    found = audit(explainer(planted.Level()), scans("brightness", 16), SETTINGS, tmp_path)
     assert found.verdict(TONE).verdict == FLAGGED
     assert "the answer hangs on brightness and contrast" in found.verdict(TONE).words
     assert found.verdict(FIELD).verdict == CLEAR
     monkeypatch.setattr("volsal.audit.run.exchange", None)  # would raise if it were called
-    again = audit(explainer(planted.Level()), scans("brightness"), SETTINGS, tmp_path)
+    again = audit(explainer(planted.Level()), scans("brightness", 16), SETTINGS, tmp_path)
     assert again.verdict(TONE) == found.verdict(TONE)
 
 

@@ -353,16 +353,33 @@ def test_damaged_inputs_cost_no_result(config, tmp_path, damage):
     assert set(RunFolder(tmp_path / "out").inputs()) == set(SOUND)
 
 
-def test_status_tells_how_far_a_run_is_that_makes_everything_anew(config, tmp_path):
+def test_status_tells_how_far_a_run_is_that_makes_everything_anew(config, monkeypatch):
+    import volsal.explanation
+
     execute(config())
-    seen = []
     run = Run(load_config(config(methods=["hires-cam"])))
+    may_write, seen, amid = threading.Semaphore(1), [], []
+    write, write_map = Worker._write, volsal.explanation.write_map
+
+    def in_turn(*arguments):
+        # Or the next case would be half written, or not, while the one before is looked at.
+        may_write.acquire(timeout=30)
+        return write(*arguments)
+
+    def looked_at(*arguments):
+        amid.append(status_of(run.folder).states)
+        return write_map(*arguments)
+
+    monkeypatch.setattr(Worker, "_write", in_turn)
+    monkeypatch.setattr("volsal.explanation.write_map", looked_at)
     for _ in run.execute():
         seen.append(status_of(run.folder))
+        may_write.release()
     assert [found.through for found in seen] == [1, 2, 3]
-    # Results that are there, of which settings ever, but for the one case that is just being written.
-    assert {found.states["done"] for found in seen} <= {2, 3}
+    assert {found.states["done"] for found in seen} == {3}, "results that are there, of which settings ever"
     assert seen[0].left_s > 0
+    # What is being written anew is neither the old result any more nor the new one yet.
+    assert amid == [{"done": 2, "refused": 0, "failed": 0, "missing": 1}] * 3
 
 
 def test_results_do_not_go_into_the_scans_own_folder(config, scan_file, tmp_path):

@@ -5,7 +5,7 @@ import zipfile
 
 import pytest
 import torch
-from nets import random_net
+from nets import Bomb, random_net
 from torch.testing import assert_close
 
 from volsal import ClassLogit, GradCAM, GuidedBackprop, list_layers, load_model
@@ -57,14 +57,6 @@ def adding(**members):
 
     change.extra = {name.replace("__", "/").replace("_dot_", "."): content for name, content in members.items()}
     return change
-
-
-class Bomb:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (open, (str(self.path), "w"))
 
 
 def pickled(bomb):

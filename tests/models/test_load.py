@@ -4,7 +4,7 @@ import textwrap
 import numpy as np
 import pytest
 import torch
-from nets import random_net
+from nets import Bomb, random_net
 from safetensors.torch import save_file
 from torch import nn
 
@@ -147,14 +147,6 @@ def test_refuses_in_one_line(number, tmp_path, factory, trained):
         load_model(source, weights=weights)
     assert says in str(raised.value)
     assert "\n" not in str(raised.value)
-
-
-class Bomb:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (open, (str(self.path), "w"))
 
 
 @pytest.mark.parametrize("wrap", [lambda bomb, state: bomb, lambda bomb, state: {"state_dict": state, "extra": bomb}])

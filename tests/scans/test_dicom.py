@@ -31,6 +31,7 @@ from volsal.scans.scan import file_digest
 from volsal.scans.write import map_header, write_map
 
 pydicom = pytest.importorskip("pydicom")
+from made_series import AXIAL, LPS, oblique  # noqa: E402
 from pydicom.dataset import Dataset, FileMetaDataset  # noqa: E402
 from pydicom.sequence import Sequence as Items  # noqa: E402
 from pydicom.uid import (  # noqa: E402
@@ -46,7 +47,6 @@ from pydicom.uid import (  # noqa: E402
     generate_uid,
 )
 
-LPS = np.array([-1.0, -1.0, 1.0])
 GRADIENT = np.array([1.0, 2.0, 3.0])  # per mm along R, A, S
 PER_MM = float(np.linalg.norm(GRADIENT))
 SLOPE = 0.05  # stored in steps of this: a hundredth of a millimetre
@@ -54,14 +54,7 @@ ROWS, COLUMNS, SLICES = 6, 5, 7  # no two alike
 SPACING = (1.4, 2.6)  # between rows, between columns
 FIRST = np.array([-10.0, 15.0, -12.0])  # LPS mm
 STEP = 2.5
-AXIAL = ((1, 0, 0), (0, 1, 0))
 SECRET = "Zzphi"
-
-
-def turned(degrees):
-    c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
-    turn = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]]) @ np.array([[1, 0, 0], [0, c, -s], [0, s, c]])
-    return turn[:, 0], turn[:, 1]
 
 
 def field(ras):
@@ -175,7 +168,7 @@ def assert_placed(scan, grid, within_mm=0.1):
         pytest.param(Series(), id="axial"),
         pytest.param(Series(axes=((0, 1, 0), (0, 0, -1))), id="sagittal"),
         pytest.param(Series(axes=((1, 0, 0), (0, 0, -1))), id="coronal"),
-        pytest.param(Series(axes=turned(24)), id="oblique"),
+        pytest.param(Series(axes=oblique(24)), id="oblique"),
         pytest.param(Series(axes=((-1, 0, 0), (0, -1, 0))), id="negated"),
         pytest.param(Series(axes=((1, 0, 0), (0, -1, 0))), id="normal-points-down"),
         pytest.param(Series(n=2), id="two-slices"),
@@ -193,7 +186,7 @@ def test_a_sound_series_lies_where_its_headers_say(write, series):
 @settings(max_examples=60, deadline=None)
 @given(order=st.permutations(range(SLICES)), degrees=st.floats(-80, 80))
 def test_the_order_of_the_files_never_matters(frames_of, order, degrees):
-    series = Series(axes=turned(degrees))
+    series = Series(axes=oblique(degrees))
     frames = frames_of(series)
     (first,), (second,) = groups(frames), groups([frames[k] for k in order])
     assert arrange(first).frames == arrange(second).frames
@@ -220,7 +213,7 @@ def frames_of(tmp_path_factory):
 
 
 def test_renamed_files_give_the_same_scan_to_the_bit(write):
-    slices = Series(axes=turned(10)).slices()
+    slices = Series(axes=oblique(10)).slices()
     one, two = read_scan(write(slices, "a")), read_scan(write(slices[::-1], "b", name="{:03d}"))
     np.testing.assert_array_equal(one.array, two.array)
     np.testing.assert_array_equal(one.grid.affine, two.grid.affine)
@@ -289,7 +282,7 @@ def test_monai_steps_keep_the_place_of_a_sheared_scan(write):
 
 
 def test_a_straight_series_gets_both_forms(write, tmp_path):
-    scan = read_scan(write(Series(axes=turned(24)).slices()))
+    scan = read_scan(write(Series(axes=oblique(24)).slices()))
     write_map(tmp_path / "map.nii.gz", scan.array, map_header(scan, "test", "volsal", (0, 1)))
     written = nib.load(tmp_path / "map.nii.gz")
     for form in (written.get_sform(), written.get_qform()):
@@ -662,7 +655,7 @@ def enhanced(series, order, per_frame_slope=False):
 @pytest.mark.parametrize("order", [range(SLICES), [3, 0, 6, 2, 5, 1, 4]])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_enhanced_multi_frame_goes_by_its_functional_groups(write, order, scaled):
-    series = Series(axes=turned(15))
+    series = Series(axes=oblique(15))
     folder = write([enhanced(series, order, scaled)])
     for path in (folder, folder / "IM0003.dcm"):
         assert_placed(read_scan(path), series.grid)

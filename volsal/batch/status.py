@@ -18,7 +18,8 @@ class Status:
     Attributes
     ----------
     cases : how many inputs there are
-    states : how many of them are done, refused, failed, missing; these add up to ``cases``
+    states : how many of them are done, refused, failed, missing; these add up to ``cases``.  A result that is just
+        being written anew is missing: the old one is no more, the new one not yet whole
     codes : the kinds of faults
     holder : who is at work; None where nobody is
     through : how many cases the last run, or the one at work, has been through, those that it kept included
