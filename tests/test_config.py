@@ -1,6 +1,9 @@
+import json
+import re
+
 import pytest
 
-from volsal.config import ConfigError, load_config
+from volsal.config import ConfigError, load_config, require_file, require_files
 
 GOOD = """
 model:
@@ -51,7 +54,10 @@ def test_a_function_for_preprocessing(config):
             GOOD.replace("scans: {folder", "scans: {foldr"),
             "c.yaml:13: scans.foldr: unknown key; did you mean 'folder'?",
         ),
-        (GOOD.replace("  factory: torch.nn:Conv3d\n", ""), "c.yaml:2: model: give one of 'factory', 'file'"),
+        (
+            GOOD.replace("  factory: torch.nn:Conv3d\n", ""),
+            "c.yaml:2: model: give one of 'factory', 'file' (a .pt2) and 'bundle'",
+        ),
         (
             GOOD.replace("folder: scans", "folder: a, volume: -1"),
             "c.yaml:13: scans.volume: expected a number from 0, or all",
@@ -88,6 +94,49 @@ def test_all_mistakes_are_told_at_once(config):
 def test_a_missing_file_is_told(tmp_path):
     with pytest.raises(ConfigError, match="no such config file"):
         load_config(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("key", ["model.file", "model.bundle", "scans.bids", "scans.table", "audit.template"])
+def test_a_file_that_is_not_there_is_told_as_written_and_as_found(tmp_path, monkeypatch, key):
+    section, setting = key.split(".")
+    content = {"model": {"factory": "a:b"}, "scans": {"folder": "."}, section: {setting: "deep/gone.x"}}
+    (tmp_path / "c.yaml").write_text(json.dumps(content))
+    monkeypatch.chdir(tmp_path)
+    config = load_config("c.yaml")
+    require_files(config, *({"model", "scans", "audit", "preprocess"} - {section}))
+    with pytest.raises(ConfigError) as raised:
+        require_files(config, section)
+    what = {"file": "exported program", "bids": "folder"}.get(setting, "scan" if section == "audit" else setting)
+    assert str(raised.value) == (
+        f"c.yaml: {key}: no {what} {tmp_path}/deep/gone.x; put it there, or mend the path 'deep/gone.x', which starts "
+        "from the config's own folder"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [
+        ("a.nii", None),
+        ("{case}.nii", None),
+        ("sub", None),
+        ("*.nii", None),
+        ("sub/{case}/mask.nii", None),
+        ("*.mha", "*.mha"),
+        ("gone/{case}.nii", "gone"),
+        ("gone/*.nii", "gone"),
+        ("x" * 300, "x" * 300),
+    ],
+)
+def test_of_a_path_that_varies_what_does_not_must_be_there(config, tmp_path, name, missing):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.nii").touch()
+    read = load_config(config(GOOD))
+    if missing is None:
+        require_file(read, "key", name, "scan")
+        return
+    what = "folder" if missing == "gone" else "scan"
+    with pytest.raises(ConfigError, match=re.escape(f"c.yaml: key: no {what} {tmp_path / missing}; ")):
+        require_file(read, "key", name, "scan")
 
 
 def test_channels_can_be_kept_apart(tmp_path):

@@ -1,3 +1,7 @@
+import hashlib
+import json
+
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -59,6 +63,83 @@ def test_the_grid_says_where_every_chain_put_the_scan(scan, name):
     assert result.tensor.ndim == 5
     assert tuple(result.tensor.shape[2:]) == result.grid.shape
     np.testing.assert_allclose(blob_position(result.tensor, result.grid), before, atol=0.6)
+
+
+def test_each_step_is_told_with_what_it_did_to_the_voxels(scan):
+    steps = [
+        {"Flip": {"spatial_axis": 1}},
+        {"ScaleIntensityRange": {"a_min": 0, "a_max": 500, "b_min": 0, "b_max": 1}},
+        {"ResizeWithPadOrCrop": {"spatial_size": [20, 34, 20]}},  # of 24, 28, 20: crops by 2 and pads by 3
+    ]
+    made = MonaiSteps.from_config(steps)(scan).steps
+    flip, crop = np.diag([1.0, -1, 1, 1]), np.eye(4)
+    flip[1, 3], crop[:2, 3] = 27, (2, -3)
+    assert [step.name for step in made] == ["Flip", "ScaleIntensityRange", "ResizeWithPadOrCrop"]
+    for step, expected in zip(made, (flip, np.eye(4), crop), strict=True):
+        np.testing.assert_array_equal(step.matrix, expected)
+    assert made[1].settings.items() >= {"a_max": 500, "b_min": 0, "dtype": "float32", "clip": False}.items()
+    assert made[2].settings["cropper"] == {"name": "CenterSpatialCrop", "settings": {"roi_size": [20, 34, 20]}}
+    assert json.loads(json.dumps([step.describe() for step in made], allow_nan=False))[0]["matrix"][1] == [0, -1, 0, 27]
+
+
+class Odd:
+    """A step with settings of every kind."""
+
+    def __init__(self):
+        self.few, self.many, self.bound = np.arange(3), np.ones((5, 5, 5), np.float32), float("inf")
+        self.function, self.thing, self._own = as_preprocess, object(), 1
+        self.learnt, self.things = torch.ones(2, requires_grad=True).half(), np.array([object()])
+
+    def __call__(self, image):
+        return image + 1
+
+
+def test_settings_are_told_alike_in_every_process(scan):
+    (step,) = MonaiSteps([Odd()])(scan).steps
+    digest = hashlib.sha256(b"\x00\x00\x80\x3f" * 125).hexdigest()
+    assert (step.name, step.settings) == (
+        "Odd",
+        {
+            "few": [0, 1, 2],
+            "many": {"shape": [5, 5, 5], "sha256": digest},
+            "bound": "inf",
+            "function": "as_preprocess",
+            "thing": "object",
+            "learnt": [1.0, 1.0],
+            "things": "ndarray",
+        },
+    )
+    assert repr(PathFunction(Odd())) == "Odd"
+
+
+def test_a_step_that_flattens_space_is_named(scan):
+    def flat(image):
+        image.affine[:, 1] = 0
+        return image.clone()
+
+    with pytest.raises(PreprocessError, match=r"step 2, function, gives no usable place .*flattens space"):
+        MonaiSteps([monai_transforms.Flip(1), flat, monai_transforms.Flip(1)])(scan)
+
+
+def test_a_step_that_changes_its_image_in_place_is_told_with_what_it_did(scan):
+    def shifted(image):
+        image.affine[:3, 3] += image.affine[:3, 0]
+        return image
+
+    (step,) = MonaiSteps([shifted])(scan).steps
+    expected = np.eye(4)
+    expected[0, 3] = 1
+    np.testing.assert_allclose(step.matrix, expected, atol=1e-12)
+
+
+def test_a_function_is_one_step(scan):
+    def halved(path):
+        image = nib.load(path)
+        return image.get_fdata()[None, ::2], image.affine @ np.diag([2, 1, 1, 1])
+
+    (step,) = PathFunction(halved)(scan).steps
+    assert (step.name.rpartition(".")[2], step.settings) == ("halved", {})
+    np.testing.assert_allclose(step.matrix, np.diag([2, 1, 1, 1]), atol=1e-12)
 
 
 def test_the_scan_itself_is_never_written_to(scan):

@@ -57,6 +57,9 @@ def assert_as_monai(scan, steps, atol, in_one):
     """``in_one``: how many of the steps are done in the sampling."""
     assert len(composed(steps, scan, lambda number, step, image: step(image, lazy=True)).steps) == in_one
     made, expected = MonaiSteps(steps)(scan), monai(scan, steps)
+    affines = [scan.grid.affine, *(monai(scan, steps[: n + 1]).affine.numpy() for n in range(len(steps)))]
+    for step, before, after in zip(made.steps, affines[:-1], affines[1:], strict=True):
+        np.testing.assert_allclose(before @ step.matrix, after, atol=1e-8)
     np.testing.assert_allclose(made.grid.affine, expected.affine.numpy(), atol=1e-9)
     assert made.tensor.shape[1:] == expected.shape
     assert made.tensor.dtype == torch.float32

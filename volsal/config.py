@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -46,6 +48,10 @@ class ModelSection(_Section):
         if self.bundle and self.arguments:
             raise ValueError("a bundle states its network's arguments itself; drop 'arguments'")
         return self
+
+    def source(self) -> dict[str, Any]:
+        """Where the model comes from, for a record."""
+        return self.model_dump(include={"factory", "file", "bundle", "arguments", "weights"}, exclude_defaults=True)
 
 
 class FunctionSection(_Section):
@@ -333,28 +339,73 @@ class Config(_Section):
         """What relative paths in the file start from: the file's own folder."""
         return self._path.parent
 
+    def path_of(self, name: str | Path) -> Path:
+        """What a path in the file means: it starts from :attr:`folder`, and ``~`` is the user's own."""
+        return self.folder / Path(name).expanduser()
 
-def require_files(config: Config) -> None:
-    """Raise ConfigError, by its key, where a file or folder that the model or its preprocessing is made of is absent.
 
-    Asked before the model is loaded, and not when the file is read: a config may be looked at where its model is not.
+# Settings that name a file or a folder, and what is to be there.
+_FILES = {
+    "model.factory": "Python file",
+    "model.file": "exported program",
+    "model.bundle": "bundle",
+    "model.weights": "weights file",
+    "preprocess.function": "Python file",
+    "scans.folder": "folder",
+    "scans.bids": "folder",
+    "scans.table": "table",
+    "scans.labels": "table",
+    "audit.random_labels": "weights file",
+    "audit.template": "scan",
+}
+
+
+def require_files(config: Config, *sections: str) -> None:
+    """Raise ConfigError, by its key, where a file or folder that one of these sections names is not there.
+
+    Asked before it is needed, and not when the config is read: that may be looked at where its model is not.
     """
-    model, function = config.model, getattr(config.preprocess, "function", "")
-    named = {
-        "model.factory": _file_in(model.factory or ""),
-        "model.file": model.file,
-        "model.bundle": model.bundle,
-        "model.weights": model.weights,
-        "preprocess.function": _file_in(function),
-    }
-    for key, name in named.items():
-        if not name or (path := config.folder / name).exists():
-            continue
-        alike = [other.name for other in path.parent.glob(f"*{path.suffix}")]
-        raise ConfigError(
-            f"{config.path}: {key}: no file {path}{nearest(path.name, alike)}; put it there, or mend the path, which "
-            "starts from the config's own folder"
-        )
+    for key, what in _FILES.items():
+        section, _, setting = key.partition(".")
+        name = getattr(getattr(config, section), setting, None) if section in sections else None
+        if name and setting in ("factory", "function"):
+            name = _file_in(name)
+        if name:
+            require_file(config, key, name, what)
+
+
+def require_file(config: Config, key: str, name: str | Path, what: str) -> None:
+    """Raise ConfigError where nothing is at the path that stands in the config under ``key``.
+
+    Of a path with ``{case}`` in it, as of a pattern with ``*``, the folders before that must be there; of a pattern
+    also something that is like it.
+    """
+    parts = Path(name).expanduser().parts
+    fixed = list(takewhile(lambda part: "{case}" not in part and "*" not in part, parts))
+    rest = str(Path(*parts[len(fixed) :])) if len(fixed) < len(parts) else ""
+    path = config.path_of(Path(*fixed))
+    if _exists(path):
+        if not rest or "{case}" in rest or any(path.glob(rest)):
+            return
+        path /= rest
+    elif rest:
+        what = "folder"
+    start = "" if Path(name).expanduser().is_absolute() else ", which starts from the config's own folder"
+    alike = nearest(path.name, [other for other in _beside(path) if Path(other).suffix == path.suffix])
+    raise ConfigError(
+        f"{config.path}: {key}: no {what} {path.absolute()}{alike}; put it there, or mend the path {str(name)!r}{start}"
+    )
+
+
+def _exists(path: Path) -> bool:
+    return os.path.exists(path)  # noqa: PTH110 - pathlib's raises on names that are too long
+
+
+def _beside(path: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(path.parent))  # noqa: PTH208 - names alone
+    except (OSError, ValueError):
+        return []
 
 
 def _file_in(reference: str) -> str | None:

@@ -33,11 +33,12 @@ def _fixed() -> dict[str, Any]:
     versions: dict[str, Any] = {name: metadata.version(name) for name in _PACKAGES}
     if torch.cuda.is_available():
         versions |= {"cuda": torch.version.cuda, "gpu": torch.cuda.get_device_name(), **_driver()}
+    system = platform.uname()
     return {
         "volsal": sys.modules[__package__].__version__,
         "commit": _commit(_ROOT),
         "versions": {"python": platform.python_version(), **versions},
-        "machine": f"{platform.system()} {platform.machine()}, {_processor()}{os.cpu_count()} CPUs",
+        "machine": f"{system.system} {system.release} {system.machine}, {_processor()}{os.cpu_count()} CPUs",
     }
 
 

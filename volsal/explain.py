@@ -47,7 +47,7 @@ from volsal.attribution.targets.target import distinct, facts, placed, told
 from volsal.attribution.windows.windowed import Windowed
 from volsal.attribution.windows.windows import volumes_of
 from volsal.choices import as_method, configured_methods, method_names
-from volsal.config import Config, ConfigError, FunctionSection, require_files
+from volsal.config import Config, ConfigError, FunctionSection, require_file, require_files
 from volsal.environment import environment
 from volsal.errors import VolsalError, nearest
 from volsal.explanation import Explanation, Heatmap, Parts, Prediction, plain_data
@@ -56,7 +56,7 @@ from volsal.models import Bundle, load_bundle, load_model, weights_digest
 from volsal.models.bundle import Part, would_run
 from volsal.models.fast import FastCopy, fast_copy
 from volsal.models.fast import fast as copy_of
-from volsal.preprocess import ModelInput, MonaiSteps, PathFunction, Preprocess, PreprocessError, as_preprocess
+from volsal.preprocess import ModelInput, MonaiSteps, PathFunction, Preprocess, PreprocessError, as_preprocess, rounded
 from volsal.references import resolve
 from volsal.remarks import on_maps, on_output
 from volsal.resampling import resample
@@ -142,7 +142,7 @@ class Explainer:
         type, such as ``torch.bfloat16``: a copy in that, which is an approximation and is noted as such
     windows : apply the model window by window, as inference on large scans does, and explain it as one function of the
         whole (see :func:`volsal.explain_windows`)
-    bundle : where the model comes from, for the record
+    bundle, source : where the model comes from, and what a config says of that, for the record
 
     ``methods`` may also be a dict of them by names of one's own.  Otherwise a method's name, in files and records, is
     its id, followed, where several have that id, by the settings in which they differ: ``grad-cam-layer3``.
@@ -169,9 +169,11 @@ class Explainer:
         fast: bool | torch.dtype = False,
         windows: Windows | None = None,
         bundle: Bundle | None = None,
+        source: Mapping[str, Any] | None = None,
     ) -> None:
         self.model = model
         self.bundle = bundle
+        self.source = source
         self.preprocess: Preprocess = as_preprocess(preprocess)
         self.classes = tuple(classes)
         named = methods if isinstance(methods, Mapping) else {}
@@ -227,7 +229,7 @@ class Explainer:
         working directory, those in the config from its folder.  What `volsal align` measured for the config is used.
         ``trust_bundle``: let a bundle run its own code (see :func:`volsal.load_bundle`); a config cannot say so.
         """
-        require_files(config)
+        require_files(config, "model", "preprocess")
         section = config.model
         bundle = _bundle(config, trust_bundle)
         model = bundle.model if bundle else _model(config)
@@ -243,7 +245,7 @@ class Explainer:
         here = Path.cwd() if targets else None
         classes = section.classes or (bundle.classes if bundle else ())
         windows = Windows(**config.windows.model_dump()) if config.windows else None
-        return cls(
+        explainer = cls(
             model,
             preprocess,
             configured_methods(methods or config.methods),
@@ -259,7 +261,10 @@ class Explainer:
             fast=torch.bfloat16 if section.precision == "bf16" else section.fast,
             windows=windows or (bundle.windows if bundle else None),
             bundle=bundle,
+            source=section.source(),
         )
+        _require_named(explainer, config, given=bool(targets))
+        return explainer
 
     @property
     def weights_sha256(self) -> str:
@@ -352,6 +357,7 @@ class Explainer:
             {
                 "model": {
                     "class": type(self.model).__name__,
+                    "source": plain_data(self.source),
                     "weights_sha256": self.weights_sha256,
                     "fast": copied.describe() if copied else None,
                     "windows": plain_data(self.windows),
@@ -361,7 +367,9 @@ class Explainer:
                 "model_input": {
                     "shape": list(tensor.shape),
                     "affine": ready.model_input.grid.affine.tolist(),
+                    "to_scan": rounded(ready.model_input.grid.to(scan.grid)),
                     "preprocess": ready.model_input.how or repr(self.preprocess),
+                    "steps": [step.describe() for step in ready.model_input.steps],
                     "given": plain_data(model.held) if isinstance(model, Given) else {},
                 },
                 "alignment": self.align.id,
@@ -688,15 +696,37 @@ def _listed(value: Any) -> list[Any]:
 
 def _model(config: Config) -> nn.Module:
     section = config.model
-    return load_model(cast(str, section.factory or section.file), section.arguments, section.weights, config.folder)
+    source = section.factory or str(config.path_of(cast(str, section.file)))
+    weights = config.path_of(section.weights) if section.weights else None
+    return load_model(source, section.arguments, weights, config.folder)
 
 
 def _bundle(config: Config, trust: bool) -> Bundle | None:
     section = config.model
     if section.bundle is None:
         return None
-    weights = config.folder / section.weights if section.weights else None
-    return load_bundle(config.folder / section.bundle, weights, trust=trust, without=_own_parts(config))
+    weights = config.path_of(section.weights) if section.weights else None
+    return load_bundle(config.path_of(section.bundle), weights, trust=trust, without=_own_parts(config))
+
+
+# What a method's setting may name.
+_NAMED_BY = {"labels": "label map", "baselines": "scan or folder of scans"}
+
+
+def _require_named(explainer: Explainer, config: Config, given: bool) -> None:
+    """Raise ConfigError, by its key, where a file that a method or a target names is not there.
+
+    ``given``: the targets are not the config's.
+    """
+    for number, method in enumerate(explainer.methods):
+        for setting, names in method.files.items():
+            for name in names:
+                key = f"methods.{number}.{method.id}.{setting}"
+                require_file(config, key, name, _NAMED_BY.get(setting, "scan"))
+    for number, target in enumerate(explainer.targets):
+        for name in getattr(target, "files", ()):
+            key = "a target given in place of the config's" if given else f"targets.{number}"
+            require_file(config, key, name, "scan or label map")
 
 
 def _own_parts(config: Config) -> list[Part]:
@@ -708,7 +738,7 @@ def _own_parts(config: Config) -> list[Part]:
 def trusted_to_run(config: Config) -> tuple[str, ...]:
     """What of a config's bundle would run if it were trusted, in words; see :func:`volsal.models.bundle.would_run`."""
     section = config.model
-    return would_run(config.folder / section.bundle, _own_parts(config)) if section.bundle else ()
+    return would_run(config.path_of(section.bundle), _own_parts(config)) if section.bundle else ()
 
 
 def _configured_preprocess(config: Config, bundle: Bundle | None) -> Preprocess:

@@ -21,6 +21,7 @@ from volsal.grid import Grid
 from volsal.resampling import resample
 from volsal.run_folder import CASE_FILE, files_of
 from volsal.scans import Scan
+from volsal.scans.digest import sha256_of
 from volsal.scans.find import pseudonym, without_uids
 from volsal.scans.write import WriteError, map_header, replacing, write_map, write_parts
 
@@ -284,7 +285,7 @@ class Explanation:
             at = heatmap.grid.voxel(heatmap.peak_mm) if heatmap.peak_mm else (np.array(heatmap.grid.shape) - 1) / 2
             voxel = np.round(at).astype(int)
             save_gif(home / picture, self.scan.array, parts, parts.names, heatmap.unit, voxel, grid=self.scan.grid)
-            record |= {"picture": picture, "picture_sha256": sha256((home / picture).read_bytes()).hexdigest()}
+            record |= {"picture": picture, "picture_sha256": sha256_of(home / picture)}
         return record
 
     def show(self, **options: Any) -> None:
@@ -425,13 +426,13 @@ def _describe_scan(scan: Scan) -> dict[str, Any]:
         **_describe_file(scan),
         "shape": list(scan.grid.shape),
         "affine": scan.grid.affine.tolist(),
+        "grid_sha256": scan.grid.sha256,
         "spacing_mm": [round(float(mm), 6) for mm in scan.grid.spacing],
         "orientation": scan.grid.orientation,
         "oblique_degrees": round(scan.grid.obliquity, 3),
         "form": scan.form if scan.header is not None else "header",
+        "nan": scan.filled,
     }
-    if scan.filled is not None:
-        content["nan"] = scan.filled
     content |= {name: getattr(scan, name) for name in ("series", "slices") if getattr(scan, name) is not None}
     if scan.further:
         content["channels"] = [_describe_file(channel) for channel in (scan, *scan.further)]
@@ -442,5 +443,6 @@ def _describe_file(scan: Scan) -> dict[str, Any]:
     return {
         "path": os.fsencode(scan.path.resolve()).decode("utf-8", "backslashreplace") if scan.path else None,
         "sha256": scan.sha256,
+        "bytes": scan.size,
         "volume": scan.volume,
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import product
 
 import numpy as np
@@ -108,6 +109,12 @@ class Grid:
     def to(self, other: Grid) -> NDArray[np.float64]:
         """(4, 4): voxel coordinates of this grid to voxel coordinates of ``other``."""
         return np.linalg.inv(other.affine) @ self.affine
+
+    @property
+    def sha256(self) -> str:
+        """Digest of shape and affine, hexadecimal: of three int64 and sixteen float64, row by row, little-endian."""
+        content = np.array(self.shape, "<i8").tobytes() + (self.affine + 0.0).astype("<f8").tobytes()  # no -0.0
+        return sha256(content).hexdigest()
 
     def coarse(self, shape: Sequence[int]) -> Grid:
         """The grid of a feature map that covers the same field of view with ``shape`` cells: the half-pixel rule.

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import Enum
 from functools import partial
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -31,15 +34,39 @@ class PreprocessError(VolsalError, ValueError):
 
 
 @dataclass(frozen=True, eq=False)
+class Step:
+    """One step of a preprocessing, for the record.
+
+    Attributes
+    ----------
+    name : the transform's, or the function's
+    settings : its own, plain data
+    matrix : (4, 4), voxels that it makes to voxels that it is given; those of all steps, multiplied in their order,
+        lead from the model's input to the scan
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    matrix: NDArray[np.float64]
+
+    def describe(self) -> dict[str, Any]:
+        """As plain data."""
+        return {"name": self.name, "settings": self.settings, "matrix": rounded(self.matrix)}
+
+
+@dataclass(frozen=True, eq=False)
 class ModelInput:
-    """What the model sees: (1, C, D, H, W) float, where its voxels lie, and how it was made, in words."""
+    """What the model sees: (1, C, D, H, W) float, where its voxels lie, and how it was made, in words and by steps."""
 
     tensor: Tensor
     grid: Grid
     how: str = ""
+    steps: tuple[Step, ...] = ()
 
 
 Preprocess = Callable[[Scan], ModelInput]
+# Of a setting that is an array, more numbers than these are told by their digest.
+_MOST_NUMBERS = 64
 # Less of the model's input than this inside the scan means that the affine is not the scan's.
 _LEAST_OVERLAP = 0.05
 # By how much a turned input must fit better than the stated one.  A mirrored head correlates by 0.97 with itself.
@@ -80,7 +107,7 @@ class PathFunction:
         self._function = function
 
     def __repr__(self) -> str:
-        return getattr(self._function, "__qualname__", repr(self._function))
+        return _called(self._function)
 
     def __call__(self, scan: Scan) -> ModelInput:
         """The function's answer, checked against the scan."""
@@ -117,7 +144,8 @@ class PathFunction:
                 f"{scan}: {self!r} returned the identity as affine, but the scan's own is another; return the affine "
                 "of the tensor's voxels in RAS+ mm (for an untouched scan nibabel's image.affine)"
             )
-        return _placed(tensor, affine, scan, repr(self))
+        made = _placed(tensor, affine, scan, repr(self))
+        return replace(made, steps=(Step(repr(self), {}, made.grid.to(scan.grid)),))
 
 
 class MonaiSteps:
@@ -130,6 +158,7 @@ class MonaiSteps:
 
     def __init__(self, steps: Sequence[Callable]) -> None:
         self._steps = list(_flattened(steps))
+        self._told = [(_called(step), _settings(step)) for step in self._steps]
 
     def __repr__(self) -> str:
         return " > ".join(type(step).__name__ for step in self._steps) or "the scan as it is"
@@ -149,16 +178,79 @@ class MonaiSteps:
         if not self._steps:
             return _placed(sampling.of(scan), scan.grid.affine, scan, repr(self))
         current = _meta_tensor(sampling.of(scan), sampling.grid, scan)
+        matrices = sampling.matrices(scan.grid)
         for number, step in enumerate(self._steps):
             if number not in sampling.steps:
+                before = _place(current)
                 current = _apply(step, self._name(number), current, scan)
+                # What the sampling has already cropped for a step that has voxels to add comes first.
+                own = _moved(before, _place(current), self._name(number), scan)
+                matrices[number] = matrices.get(number, np.eye(4)) @ own
         how = repr(self)
         if sampling.interpolates:
             how += f" ({', '.join(type(self._steps[n]).__name__ for n in sampling.steps)} as one sampling of the scan)"
-        return _placed(current.as_tensor(), current.affine.numpy(), scan, how)
+        made = _placed(current.as_tensor(), current.affine.numpy(), scan, how)
+        return replace(made, steps=self._done(matrices))
+
+    def _done(self, matrices: Mapping[int, NDArray[np.float64]]) -> tuple[Step, ...]:
+        return tuple(Step(*told, matrices.get(number, np.eye(4))) for number, told in enumerate(self._told))
 
     def _name(self, number: int) -> str:
         return f"preprocessing step {number + 1}, {type(self._steps[number]).__name__},"
+
+
+_Place = tuple[Sequence[int], NDArray[np.float64]]
+
+
+def _place(image: Any) -> _Place:
+    """Shape and affine of a MetaTensor; a copy, since a step may change its image in place."""
+    return tuple(image.shape[1:]), image.affine.cpu().double().numpy().copy()
+
+
+def _moved(before: _Place, after: _Place, name: str, scan: Scan) -> NDArray[np.float64]:
+    """(4, 4): voxels after a step to voxels before it."""
+    if np.array_equal(before[1], after[1]):
+        return np.eye(4)
+    try:
+        return Grid(*after).to(Grid(*before))
+    except GridError as error:
+        raise PreprocessError(f"{scan}: {name} gives no usable place for its result: {error}") from error
+
+
+def rounded(matrix: NDArray[np.float64]) -> list[list[float]]:
+    """For a record, without what rounding leaves in the last digits."""
+    return (np.round(matrix, 12) + 0.0).tolist()  # + 0.0: no -0.0
+
+
+def _called(what: Any) -> str:
+    return getattr(what, "__qualname__", type(what).__name__)
+
+
+def _settings(step: Any) -> dict[str, Any]:
+    """What a transform was made with, defaults included: its public attributes."""
+    return {name: _plain(value) for name, value in getattr(step, "__dict__", {}).items() if not name.startswith("_")}
+
+
+def _plain(value: Any) -> Any:
+    """``value`` as JSON can hold it, and alike in every process: no object is told by its address."""
+    if isinstance(value, Enum):
+        return _plain(value.value)
+    if isinstance(value, Tensor):
+        return _plain(value.detach().cpu().double().numpy())
+    if isinstance(value, (np.ndarray, np.generic)) and value.dtype != object:
+        if value.size > _MOST_NUMBERS:
+            return {"shape": list(value.shape), "sha256": sha256(value.tobytes()).hexdigest()}
+        return _plain(value.tolist())
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    if value is None or isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    if isinstance(value, (float, slice, torch.dtype)):
+        return str(value)
+    inner = _settings(value) if type(value).__module__.startswith("monai.") else None
+    return {"name": _called(value), "settings": inner} if inner else _called(value)
 
 
 def _meta_tensor(voxels: Tensor, grid: Grid, scan: Scan) -> Any:

@@ -30,7 +30,8 @@ def resolve(reference: str, folder: Path | None = None) -> Any:
         raise UnknownReferenceError(
             f"{reference!r} is not the name of a Python object; write package.module:name or path/to/file.py:name"
         )
-    module = _from_file(Path(folder or ".") / where) if where.endswith(".py") else _by_name(where, reference)
+    file = Path(folder or ".") / Path(where).expanduser()
+    module = _from_file(file) if where.endswith(".py") else _by_name(where, reference)
     found: Any = module
     for part in name.split("."):
         if not hasattr(found, part):

@@ -17,15 +17,15 @@ import csv
 import json
 import os
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from hashlib import file_digest
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
 from volsal.errors import VolsalError
+from volsal.scans.digest import sha256_of
 from volsal.scans.find import pseudonym
 from volsal.scans.write import WriteError, replacing
 
@@ -117,7 +117,7 @@ class RunFolder:
         """Whether every file that the record names is there, to the byte."""
         home = self.path / case
         try:
-            return all(_digest(home / name) == digest for name, digest in files_of(record).items())
+            return all(sha256_of(home / name) == digest for name, digest in files_of(record).items())
         except (FileNotFoundError, IsADirectoryError):
             return False
 
@@ -152,14 +152,17 @@ class RunFolder:
 
     def clear(self, case: str) -> None:
         """Forget a case's fault, and what a process that was killed left half written in its folder."""
-        (self.path / case / FAULT_FILE).unlink(missing_ok=True)
-        self.sweep(case)
+        self._remove(case, lambda name: name == FAULT_FILE or _is_half_written(name))
 
     def sweep(self, case: str) -> None:
         """Remove what a process that was killed left half written in a case's folder."""
+        self._remove(case, _is_half_written)
+
+    def _remove(self, case: str, unwanted: Callable[[str], bool]) -> None:
+        # The folder is looked through once: of a run's cases, most have nothing to remove.
         with suppress(FileNotFoundError), os.scandir(self.path / case) as entries:
-            for leftover in [Path(entry.path) for entry in entries if entry.name.startswith(".volsal-")]:
-                leftover.unlink(missing_ok=True)
+            for path in [Path(entry.path) for entry in entries if unwanted(entry.name)]:
+                path.unlink(missing_ok=True)
 
     def log(self, event: str, **about: Any) -> None:
         """Append a line to the log: one write, so that lines of several processes do not mix.
@@ -302,6 +305,10 @@ def one_line(text: str) -> str:
     return " ".join(text.encode("utf-8", "backslashreplace").decode().split())
 
 
+def _is_half_written(name: str) -> bool:
+    return name.startswith(".volsal-")
+
+
 def _read(path: Path) -> dict[str, Any] | None:
     try:
         content = json.loads(path.read_bytes())
@@ -329,8 +336,3 @@ def _is_dict(content: Any) -> TypeGuard[dict[str, Any]]:
 def _write(path: Path, content: Mapping[str, Any] | Sequence[Any]) -> None:
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1, sort_keys=True, ensure_ascii=True) + "\n")
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return file_digest(file, "sha256").hexdigest()

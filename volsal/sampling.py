@@ -15,8 +15,8 @@ a step that looks at all voxels (a normalisation by their mean) must see all of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -47,12 +47,22 @@ class Sampling:
     grid : where the voxels lie that are made
     interpolates : whether they lie between the scan's voxels; else each is one of them
     steps : the numbers, from 0, of the steps that are in it
+    places : by number, where the voxels of each spatial step lie; of a last one that is not in it, those that it keeps
     """
 
     box: NDArray[np.int64]
     grid: Grid
     interpolates: bool = False
     steps: tuple[int, ...] = ()
+    places: Mapping[int, Grid] = field(default_factory=dict)
+
+    def matrices(self, grid: Grid) -> dict[int, NDArray[np.float64]]:
+        """By number, what each spatial step did to voxels, which were those of ``grid`` before the first.
+
+        (4, 4) each, from voxels that it makes to voxels that it is given.
+        """
+        places = [grid, *self.places.values()]
+        return {number: place.to(before) for (number, place), before in zip(self.places.items(), places, strict=False)}
 
     def of(self, scan: Scan) -> Tensor:
         """(C, *grid.shape) float32, contiguous."""
@@ -92,13 +102,13 @@ def composed(steps: Sequence[Callable], scan: Scan, lazily: Run) -> Sampling:
             kept = _kept(now.grid, target)
             if kept is None:
                 break
-            now = _narrowed(now, scan, kept)
+            now = replace(_narrowed(now, scan, kept), places={**now.places, number: kept})
             if kept is not target:  # the step has voxels to add; on what is left it crops nothing
                 break
         elif not _unmoved(now.grid, target):
             if not parallel(scan.grid, target):
                 break
-            now = replace(now, grid=target, interpolates=True)
+            now = replace(now, grid=target, interpolates=True, places={**now.places, number: target})
         now = replace(now, steps=(*now.steps, number))
     return now
 

@@ -288,7 +288,7 @@ class TestTables:
         write(place / "t.csv", "id,scan\n1,a\0.nii\n")
         with pytest.raises(ConfigError, match=r"t\.csv:2: a NUL character"):
             found(place, table="../t.csv")
-        with pytest.raises(ConfigError, match="no such table"):
+        with pytest.raises(ConfigError, match=r"scans\.table: no table .*gone\.csv"):
             found(place, table="../gone.csv")
 
     @pytest.mark.parametrize("name", ["x" * 300, "../../etc"])
@@ -442,8 +442,10 @@ class TestBids:
     def test_a_folder_that_is_no_dataset(self, dataset):
         with pytest.raises(ConfigError, match=r"has no folders called sub-"):
             found(dataset, bids="../ds/derivatives")
-        with pytest.raises(ConfigError, match="is not a folder"):
+        with pytest.raises(ConfigError, match=r"scans\.bids: no folder .*nowhere"):
             found(dataset, bids="../nowhere")
+        with pytest.raises(ConfigError, match=r"scans\.bids: .*participants\.tsv is not a folder"):
+            found(dataset, bids="../ds/participants.tsv")
 
 
 @pytest.mark.parametrize(

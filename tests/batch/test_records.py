@@ -1,10 +1,13 @@
 """What a run's records hold and keep back: DICOM's identifiers, and how maps are stored."""
 
+import hashlib
 import json
+import struct
 
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 
 from volsal.batch import Run
 from volsal.config import load_config
@@ -14,33 +17,19 @@ from volsal.scans.find import pseudonym
 
 @pytest.fixture
 def two_series(tmp_path):
-    """A function that writes a folder with two small CT series, thin and thick; it returns the UID of each."""
-    pydicom = pytest.importorskip("pydicom")
-    from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+    """A function that writes a folder with two small series, thin and thick; it returns the UID of each."""
+    pytest.importorskip("pydicom")
+    from made_series import Series
 
     def write(name):
         folder = tmp_path / "dicom" / name
         folder.mkdir(parents=True)
-        uids = {"thin": str(generate_uid()), "thick": str(generate_uid())}
-        study, frame = generate_uid(), generate_uid()
-        for series, (description, uid) in enumerate(uids.items()):
-            values = np.random.default_rng(series).integers(0, 1000, size=(10, 12, 14), dtype=np.int16)
-            for number, pixels in enumerate(values):
-                image = pydicom.Dataset()
-                image.SOPClassUID, image.SOPInstanceUID, image.Modality = CTImageStorage, generate_uid(), "CT"
-                image.StudyInstanceUID, image.SeriesInstanceUID, image.FrameOfReferenceUID = study, uid, frame
-                image.SeriesDescription, image.InstanceNumber = description, number + 1
-                image.ImagePositionPatient, image.ImageOrientationPatient = [0, 0, 3 * number], [1, 0, 0, 0, 1, 0]
-                image.PixelSpacing, image.SliceThickness = [2, 2], 3
-                image.Rows, image.Columns = pixels.shape
-                image.BitsAllocated = image.BitsStored = 16
-                image.HighBit, image.PixelRepresentation, image.SamplesPerPixel = 15, 1, 1
-                image.PhotometricInterpretation, image.RescaleSlope, image.RescaleIntercept = "MONOCHROME2", 1, 0
-                image.PixelData = pixels.tobytes()
-                image.file_meta = pydicom.dataset.FileMetaDataset()
-                image.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-                image.save_as(folder / f"{description}{number}.dcm", enforce_file_format=True)
-        return folder, uids
+        thin, thick = (Series(SeriesDescription=one, thickness=mm) for one, mm in (("thin", 1.5), ("thick", 3.0)))
+        thick.study, thick.frame = thin.study, thin.frame
+        for series, description in ((thin, "thin"), (thick, "thick")):
+            for number, path in enumerate(series.write(tmp_path / description).iterdir()):
+                path.rename(folder / f"{description}{number}.dcm")
+        return folder, {"thin": str(thin.uid), "thick": str(thick.uid)}
 
     return write
 
@@ -100,3 +89,57 @@ def test_maps_are_stored_as_the_config_says_and_made_anew_when_it_says_otherwise
     assert 0 < apart <= entry["stored"]["largest_error"] * (1 + 1e-6) <= values.max() / 509
     assert entry["maximum"] == pytest.approx(values.max()), "the record is of the values before"
     assert json.loads((tmp_path / "out" / "run.json").read_text())["config"]["maps"] == {"stored_as": "uint8"}
+
+
+def test_a_record_tells_each_file_by_its_size_and_the_grid_by_a_digest(config, two_series, tmp_path):
+    folder, _ = two_series("p1")
+    run, _ = execute(config(scans={"folder": "dicom", "series": "thick"}))
+    scan = run.folder.record("p1")["scan"]
+    assert scan["bytes"] == sum(path.stat().st_size for path in folder.glob("thick*"))
+    content = struct.pack("<3q16d", *scan["shape"], *(entry + 0.0 for row in scan["affine"] for entry in row))
+    assert scan["grid_sha256"] == hashlib.sha256(content).hexdigest()
+    assert scan["nan"] is None
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "a.hdr", "a.nrrd", "a.mha", "a.mhd"])
+def test_the_size_of_a_scan_is_that_of_all_its_files(tmp_path, name):
+    image = nib.Nifti1Image(np.random.default_rng(0).integers(0, 99, (5, 6, 7), dtype=np.int16), np.diag([2, 2, 2, 1]))
+    if name == "a.hdr":
+        nib.save(nib.Nifti1Pair.from_image(image), tmp_path / name)
+    else:
+        nib.save(image, tmp_path.parent / "of.nii")
+        sitk.WriteImage(sitk.ReadImage(tmp_path.parent / "of.nii"), tmp_path / name)
+    scan = read_scan(tmp_path / name)
+    assert scan.size == sum(path.stat().st_size for path in tmp_path.iterdir())
+
+
+def test_the_steps_of_a_record_lead_from_the_models_input_to_the_scan(config):
+    steps = [{"Orientation": {"axcodes": "RAS"}}, {"Spacing": {"pixdim": [3, 3, 3]}}, "ScaleIntensity"]
+    steps.append({"ResizeWithPadOrCrop": {"spatial_size": [8, 14, 6]}})
+    run, _ = execute(config(preprocess=steps))
+    record = run.folder.record("a")
+    seen = record["provenance"]["model_input"]
+    assert [step["name"] for step in seen["steps"]] == [
+        "Orientation",
+        "Spacing",
+        "ScaleIntensity",
+        "ResizeWithPadOrCrop",
+    ]
+    product = np.linalg.multi_dot([step["matrix"] for step in seen["steps"]])
+    np.testing.assert_allclose(seen["to_scan"], product, atol=1e-9)
+    np.testing.assert_allclose(np.array(record["scan"]["affine"]) @ product, seen["affine"], atol=1e-9)
+    others = [run.folder.record(case)["provenance"]["model_input"] for case in ("sub-b", "sub-c")]
+    assert others == [seen, seen], "scans of one shape are told alike"
+
+
+def test_a_result_from_before_a_record_told_all_this_is_kept(config, tmp_path):
+    execute(config())
+    place = tmp_path / "out" / "a" / "case.json"
+    record = json.loads(place.read_text())
+    for name in ("grid_sha256", "bytes", "nan"):
+        del record["scan"][name]
+    del record["provenance"]["model_input"]["steps"], record["provenance"]["model"]["source"]
+    place.write_text(json.dumps(record))
+    _, outcomes = execute(config())
+    assert {outcome.status for outcome in outcomes.values()} == {"kept"}
+    assert json.loads(place.read_text()) == record

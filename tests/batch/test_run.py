@@ -1,16 +1,22 @@
 import csv
+import hashlib
 import importlib
 import json
+import os
 import sys
 import time
 
 import pytest
+import torch
 import yaml
+from typer.testing import CliRunner
 
 from volsal import references
 from volsal.batch import Run, recipe
+from volsal.cli import app
 from volsal.config import ConfigError, load_config
 from volsal.errors import VolsalError
+from volsal.explain import Explainer
 from volsal.run_folder import Fault
 from volsal.scans.write import WriteError
 
@@ -228,7 +234,7 @@ def test_a_plan_goes_by_the_keys_that_the_run_goes_by(config, tmp_path, scan_fil
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     plan = Run(load_config(path)).plan()
     assert plan.standing == {"done": 1, "changed": 2, "faulty": 1, "new": 1}
-    assert (plan.left, set(plan.timed) <= {"a", "sub-c", "z"}) == (3, True)
+    assert (plan.left, len(plan.timed), plan.timed.keys() <= {"a", "sub-c", "z"}) == (3, 2, True)
     assert plan.voxels_left == 12 * 14 * (10 + 11 + 10)
     said = "\n".join(plan.lines())
     assert "1 done and kept; 2 done again, since what they depend on has changed; 1 refused or failed before" in said
@@ -260,10 +266,10 @@ def test_a_disk_that_fails_stops_the_run_and_loses_nothing(config, tmp_path, mon
     monkeypatch.setattr("volsal.explanation.write_map", full)
     with pytest.raises(WriteError, match="No space left"):
         execute(config())
-    assert len(list((tmp_path / "out").glob("*/case.json"))) == 1, "whichever case was the first to be written"
+    (first,) = (record.parent.name for record in (tmp_path / "out").glob("*/case.json"))  # for the threads to say
     monkeypatch.setattr("volsal.explanation.write_map", real)
     _, outcomes = execute(config())
-    assert sorted(o.status for o in outcomes) == ["done", "done", "kept"]
+    assert {o.case: o.status for o in outcomes} == {"a": "done", "sub-b": "done", "sub-c": "done", first: "kept"}
 
 
 @pytest.mark.parametrize(
@@ -271,7 +277,7 @@ def test_a_disk_that_fails_stops_the_run_and_loses_nothing(config, tmp_path, mon
     [
         ({"scans": None}, "scans: missing"),
         ({"output": None}, "output: missing"),
-        ({"scans": {"folder": "nowhere"}}, "nowhere is not a folder"),
+        ({"scans": {"folder": "nowhere"}}, r"scans\.folder: no folder .*/nowhere"),
         ({"scans": {"folder": "scans", "pattern": "*T1*"}}, r"no \*T1\* below"),
     ],
 )
@@ -300,11 +306,50 @@ def test_what_is_wrong_for_every_scan_is_said_before_the_first(config, sections)
 @pytest.mark.parametrize(
     ("sections", "says"),
     [
-        ({"model": {"factory": "net.py:build", "weights": "gone.pt"}}, r"model\.weights: no file .*gone\.pt; put it"),
-        ({"model": {"factory": "nett.py:build"}}, r"model\.factory: no file .*nett\.py; did you mean 'net\.py'\?"),
-        ({"model": {"file": "deep/gone.pt2"}}, r"model\.file: no file .*deep/gone\.pt2; put it there"),
-        ({"model": {"bundle": "gone"}}, r"model\.bundle: no file .*gone"),
-        ({"preprocess": {"function": "steps.py:prepare"}}, r"preprocess\.function: no file .*steps\.py"),
+        (
+            {"model": {"factory": "net.py:build", "weights": "gone.pt"}},
+            r"model\.weights: no weights file .*gone\.pt; put it",
+        ),
+        (
+            {"model": {"factory": "nett.py:build"}},
+            r"model\.factory: no Python file .*nett\.py; did you mean 'net\.py'\?",
+        ),
+        ({"model": {"file": "deep/gone.pt2"}}, r"model\.file: no exported program .*deep/gone\.pt2; put it there"),
+        ({"model": {"bundle": "gone"}}, r"model\.bundle: no bundle .*gone; known: .*put it there"),
+        ({"preprocess": {"function": "steps.py:prepare"}}, r"preprocess\.function: no Python file .*steps\.py"),
+        (
+            {"methods": ["grad-cam", {"deep-lift": {"baseline": "healthy/{case}.nii.gz"}}]},
+            r"methods\.1\.deep-lift\.baseline: no folder .*healthy; .*mend the path 'healthy/\{case\}\.nii",
+        ),
+        (
+            {"methods": [{"integrated-gradients": {"baseline": "scans/d.nii.gz"}}]},
+            r"methods\.0\.integrated-gradients\.baseline: no scan .*scans/d\.nii\.gz; did you mean 'a\.nii\.gz'",
+        ),
+        (
+            {"methods": [{"expected-gradients": {"baselines": "controls"}}]},
+            r"methods\.0\.expected-gradients\.baselines: no scan or folder of scans .*controls",
+        ),
+        (
+            {"methods": [{"expected-gradients": {"baselines": "scans/*.mha"}}]},
+            r"methods\.0\.expected-gradients\.baselines: no scan or folder of scans .*scans/\*\.mha; put it there",
+        ),
+        (
+            {"methods": [{"expected-gradients": {"baselines": ["scans/a.nii.gz", "zero", "/gone/b.nii.gz"]}}]},
+            r"methods\.0\.expected-gradients\.baselines: no .* /gone/b\.nii\.gz; .*mend the path '/gone/.*'$",
+        ),
+        (
+            {"methods": [{"region-ablation": {"labels": "organs.nii.gz"}}]},
+            r"methods\.0\.region-ablation\.labels: no label map .*organs\.nii\.gz",
+        ),
+        (
+            {"targets": [0, "segment-1-in:masks/gone.nii.gz#3"]},
+            r"targets\.1: no scan or label map .*/masks/gone\.nii\.gz; put it there, or mend the path 'masks/gone",
+        ),
+        ({"targets": ["similar:gone.nii.gz"]}, r"targets\.0: no scan or label map .*gone\.nii\.gz"),
+        ({"scans": {"folder": "scans", "labels": "gone.csv"}}, r"scans\.labels: no table .*gone\.csv"),
+        ({"scans": {"table": "config.yaml", "folder": "gone"}}, r"scans\.folder: no folder .*gone"),
+        ({"audit": {"random_labels": "gone.pt"}}, r"audit\.random_labels: no weights file .*gone\.pt"),
+        ({"audit": {"template": "gone.nii.gz"}}, r"audit\.template: no scan .*gone\.nii\.gz"),
     ],
 )
 def test_a_file_that_is_not_there_is_told_by_its_key(config, sections, says):
@@ -312,12 +357,59 @@ def test_a_file_that_is_not_there_is_told_by_its_key(config, sections, says):
         next(Run(load_config(config(**sections))).execute())
 
 
+def test_files_that_are_there_and_words_that_name_none_are_taken(config, tmp_path):
+    scans = {"baselines": ["scans/a.nii.gz", "scans/sub", "scans/*.nii.gz", "zero"]}
+    methods = [
+        *({"expected-gradients": {"baselines": one, "name": f"of-{n}"}} for n, one in enumerate(scans["baselines"])),
+        {"expected-gradients": {"baselines": ["zero", 0.5, str(tmp_path / "scans" / "a.nii.gz")], "name": "listed"}},
+        {"integrated-gradients": {"baseline": "blur"}},
+        {"deep-lift": {"baseline": "scans/{case}.nii.gz"}},
+    ]
+    explainer = Explainer.from_config(load_config(config(methods=methods, targets=["segment-1-in:scans/{case}.nii"])))
+    assert len(explainer.methods) == 7
+
+
+def test_a_path_may_start_from_the_users_own_folder(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = config(model={"factory": "~/net.py:build", "weights": "~/gone.pt"})
+    with pytest.raises(ConfigError, match=rf"weights: no weights file {tmp_path}/gone\.pt; .*the path '~/gone\.pt'$"):
+        Explainer.from_config(load_config(path))
+    torch.save(Explainer.from_config(load_config(config())).model.state_dict(), tmp_path / "gone.pt")
+    run, _ = execute(config(model={"factory": "~/net.py:build", "weights": "~/gone.pt"}))
+    assert run.folder.record("a")
+
+
+def test_a_target_given_in_place_of_the_configs_is_not_told_as_the_configs(config, tmp_path):
+    said = r"config\.yaml: a target given in place of the config's: no scan or label map .*gone\.nii"
+    with pytest.raises(ConfigError, match=said):
+        Explainer.from_config(load_config(config()), targets=["similar:gone.nii"])
+
+
+@pytest.mark.parametrize(
+    "words", [["run"], ["run", "--plan"], ["audit"], ["choose"], ["check-model"]], ids=lambda words: " ".join(words)
+)
+@pytest.mark.parametrize(
+    ("sections", "key"),
+    [({"audit": {"template": "gone.nii"}}, "audit.template"), ({"targets": ["similar:gone.nii"]}, "targets.0")],
+)
+def test_every_command_tells_what_is_missing_before_it_works_on_a_scan(config, words, sections, key, monkeypatch):
+    monkeypatch.setattr("volsal.explain.Explainer.prepare", None)
+    path = config(**sections)
+    result = CliRunner().invoke(app, [words[0], str(path), *words[1:]])
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith(f"volsal: {path}: {key}: no "), result.output
+    assert line.endswith("mend the path 'gone.nii', which starts from the config's own folder")
+
+
 def test_the_record_says_what_it_was_computed_with(config, tmp_path):
     run, _ = execute(config())
     for about in (run.folder.asked(), run.folder.record("a")["provenance"]):
         assert about["numerics"]["deterministic"] is False
         assert {"volsal", "commit", "versions", "machine", "threads"} <= about.keys()
+    assert run.folder.asked()["code"] == {"0 net.py": hashlib.sha256(NET.encode()).hexdigest()}
+    assert run.folder.asked()["machine"].startswith(" ".join(os.uname()[n] for n in (0, 2, 4)))
     assert run.folder.record("a")["provenance"]["model"]["outputs"] == [[1, 2]]
+    assert run.folder.record("a")["provenance"]["model"]["source"] == {"factory": "net.py:build"}
 
 
 def test_cells_that_a_spreadsheet_would_run_are_quoted(config, tmp_path):

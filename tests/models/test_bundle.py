@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from nets import Bomb
 from safetensors.torch import save_file
 from torch import nn
 from typer.testing import CliRunner
@@ -221,14 +222,6 @@ def test_a_segmenter_is_explained_window_by_window_from_the_command_line(bundle,
 
 
 # What a bundle must not get to do
-
-
-class Bomb:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (open, (str(self.path), "w"))
 
 
 def hostile(canary):
@@ -457,7 +450,7 @@ DAMAGES = [
     (changed(preprocessing=None), "describes no 'preprocessing'; write 'preprocess:'"),
     (changed(network_def=OTHER_ARGUMENTS), "DenseNet refuses its arguments: TypeError: "),
     (changed(network=3), "its network is a int"),
-    (changed(inferer=INFERER | {"overlap": 1.5}), "inferer"),
+    (changed(inferer=INFERER | {"overlap": 1.5}), "inferer: windows.overlap is a share of the window in [0, 1)"),
     (changed(preprocessing=[{"_target_": "BorderPadd", "keys": "image"}]), "BorderPad refuses its arguments"),
     (changed(preprocessing=[{"_target_": "BorderPadd", "keys": 3}]), "BorderPad refuses its arguments"),
     (changed(preprocessing={"_target_": "Compose", "transforms": "@preprocessing"}), "nested too deeply"),

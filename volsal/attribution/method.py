@@ -120,6 +120,11 @@ class Method(ABC):
         """One answer for each of ``methods``, all of this family."""
         return [method.run(model, volume, targets, context) for method in methods]
 
+    @property
+    def files(self) -> dict[str, list[str | Path]]:
+        """By setting, the files, folders and patterns that it names; ``{case}`` stands for the case's id."""
+        return {}
+
     def ingredients(self) -> tuple[Method, ...]:
         """The methods that this one is made of; empty for one that computes by itself."""
         return ()

@@ -168,8 +168,8 @@ def audit(
     chosen = sampled(list(cases), settings.scans)
     shuffled = None
     if settings.random_labels:
-        shuffled = with_weights(explainer.model, settings.random_labels, explainer.folder)
-    template = read_scan(explainer.folder / settings.template) if settings.template else None
+        shuffled = with_weights(explainer.model, Path(settings.random_labels).expanduser(), explainer.folder)
+    template = read_scan(explainer.folder / Path(settings.template).expanduser()) if settings.template else None
     found = []
     for number, target in enumerate(explainer.targets):
         asked = copy.copy(explainer)

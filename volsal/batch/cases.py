@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from volsal.batch.tables import Known, Roles, Row, Table, exists, known, read_table, several
-from volsal.config import ColumnsSection, Config, ConfigError, ScansSection
+from volsal.config import ColumnsSection, Config, ConfigError, ScansSection, require_files
 from volsal.scans.bids import find_bids, session_of
 from volsal.scans.find import Case, Found, apart, case_id, gather, look, match, stem_of
 from volsal.scans.scan import ScanError
@@ -42,6 +42,8 @@ def cases_of(config: Config) -> Cases:
     section = config.scans
     if section is None:
         raise ConfigError(f"{config.path}: scans: missing; a run needs 'scans: {{folder: ...}}'")
+    # What only the audit reads is told too, and not when the run is over.
+    require_files(config, "scans", "audit")
     try:
         if section.table:
             found = _of_table(section, config.folder)

@@ -7,13 +7,13 @@ import os
 import secrets
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -23,6 +23,8 @@ from volsal.errors import VolsalError
 from volsal.explain import Explainer
 from volsal.run_folder import OWN, Fault, RunFolder
 from volsal.scans.find import Case
+
+T = TypeVar("T")
 
 # How often the process that watches looks up, s: for signals, and for the line that says how far it is.
 _LOOK_S = 0.5
@@ -63,21 +65,39 @@ class Here:
             Where a case took too long and could not be stopped.
         """
         worker = Worker(self.job, self.explainer)
-        waiting = iter(cases)
-        with ThreadPoolExecutor(IN_WORK, thread_name_prefix="volsal-case") as pool:
-            pending: set[Future[Outcome]] = set()
+        waiting, turn = iter(cases), threading.Lock()
+        ended: SimpleQueue[Outcome | None] = SimpleQueue()
+
+        def work() -> None:
+            # Each thread takes its own next case: a resumed run has thousands that are only looked at, and to hand each
+            # of them over from here would take longer than the look.
             try:
-                while True:
-                    if not stopping.is_set():
-                        pending |= {pool.submit(worker, case) for case in islice(waiting, IN_WORK - len(pending))}
-                    if not pending:
-                        break
-                    ended, pending = wait(pending, _LOOK_S, FIRST_COMPLETED)
-                    for future in ended:
-                        yield future.result()
+                while not stopping.is_set():
+                    with turn:
+                        case = next(waiting, None)
+                    if case is None:
+                        return
+                    ended.put(worker(case))
+            except BaseException:
+                stopping.set()  # it is the run's end, and the others need not go on to find that out
+                raise
+            finally:
+                ended.put(None)
+
+        with ThreadPoolExecutor(IN_WORK, thread_name_prefix="volsal-case") as pool:
+            threads = [pool.submit(work) for _ in range(IN_WORK)]
+            working = IN_WORK
+            try:
+                while working:
+                    for outcome in _some_of(ended):
+                        working -= outcome is None
+                        if outcome is not None:
+                            yield outcome
                     yield None
             finally:
                 stopping.set()
+            for thread in threads:
+                thread.result()
         worker.close()
 
 
@@ -222,7 +242,7 @@ class Dask:
         yield Outcome(case.id, case.paths[0] if case.paths else Path(), "failed", lost.code, lost.reason)
 
 
-def _some_of(queue: SimpleQueue[Any]) -> Iterator[Any]:
+def _some_of(queue: SimpleQueue[T]) -> Iterator[T]:
     """What is in the queue, waited for a little if there is nothing."""
     try:
         yield queue.get(timeout=_LOOK_S)

@@ -14,6 +14,7 @@ import torch
 
 from volsal.config import Config, ConfigError, FunctionSection
 from volsal.explain import Explainer
+from volsal.scans.digest import sha256_of
 from volsal.scans.scan import file_digest
 
 # The user's own code as this process has loaded it: a change of it is not seen by Python.
@@ -50,7 +51,7 @@ def _code(config: Config, explainer: Explainer) -> dict[str, str]:
     """Digests of what is not volsal's: the files that the config names, what these import, and a bundle's own."""
     bundle = explainer.bundle.files if explainer.bundle else ()
     found = _modules(config) | {file for file in bundle if file.suffix == ".py"}
-    digests = {file: _digest(file) for file in found}
+    digests = {file: sha256_of(file) for file in found}
     for file, digest in digests.items():
         if _LOADED.setdefault(file, digest) != digest:
             raise ConfigError(
@@ -58,21 +59,16 @@ def _code(config: Config, explainer: Explainer) -> dict[str, str]:
                 "cluster's workers, where it is they who say so)"
             )
     if config.model.file:  # an exported program, which is read each time
-        file = config.folder / config.model.file
+        file = config.path_of(config.model.file)
         digests[file.resolve()] = file_digest(file)
-    digests |= {file: _digest(file) for file in bundle}
+    digests |= {file: sha256_of(file) for file in bundle}
     return {f"{number} {file.name}": digests[file] for number, file in enumerate(sorted(digests))}
-
-
-def _digest(file: Path) -> str:
-    """Of a text; other than a scan, it may be empty."""
-    return sha256(file.read_bytes()).hexdigest()
 
 
 def _modules(config: Config) -> set[Path]:
     function = config.preprocess.function if isinstance(config.preprocess, FunctionSection) else ""
     named = [ref.rpartition(":")[0] for ref in (config.model.factory or "", function)]
-    waiting = [(config.folder / name).resolve() for name in named if name.endswith(".py")]
+    waiting = [config.path_of(name).resolve() for name in named if name.endswith(".py")]
     tops = {file.parent for file in waiting}
     for name in named:
         if (file := _own(name)) is not None:

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -262,7 +262,7 @@ class Run:
         job = without_devices(self.job) if spread else self.job
         explainer = job.explainer(progress, job.partial)
         recipe = recipe_of(job.config, explainer, RESULT_VERSION)
-        self._write_run(explainer)
+        self._write_run(explainer, recipe)
         if not spread:
             return Here(self.job, explainer)
         return Dask(replace(self.job, recipe=recipe), self.workers, self.scheduler, self.dashboard, told)
@@ -309,7 +309,7 @@ class Run:
         finally:  # whatever the disk or the terminal says to that
             os._exit(128 + signal.Signals[name].value)
 
-    def _write_run(self, explainer: Explainer) -> None:
+    def _write_run(self, explainer: Explainer, recipe: Mapping[str, Any]) -> None:
         before = self.folder.asked()
         self.folder.write_run(
             {
@@ -317,6 +317,7 @@ class Run:
                 "config_file": str(self.config.path),
                 "methods": explainer.names,
                 "weights_sha256": explainer.weights_sha256,
+                "code": recipe["code"],
                 "bundle": explainer.bundle.describe() if explainer.bundle else None,
                 "result_version": RESULT_VERSION,
                 "cases": len(self.cases),

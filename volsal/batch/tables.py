@@ -106,8 +106,6 @@ def read_table(path: Path) -> Table:
 def _text(path: Path) -> str:
     try:
         content = path.read_bytes()
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such table") from error
     except OSError as error:
         raise ConfigError(f"{path}: the table cannot be read: {error.strerror}") from error
     wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))

@@ -163,6 +163,7 @@ class Worker:
         self.earlier = Earlier(self.folder, self.recipe, self.explainer.files_for)
         # A read that hangs is left alone; what hangs elsewhere holds the model, or the disk.
         self._stages = {name: _Stage(name, holds=name != "read") for name in ("read", "compute", "write")}
+        self._looking = threading.Lock()
         self._room = _Room()
         scans = job.config.scans
         self._reading = scans.reading() if scans else {}
@@ -206,9 +207,12 @@ class Worker:
         try:
             if case.fault:
                 raise ScanError(f"{case.paths[0]}: {case.fault}" if case.paths else case.fault)
-            left = self._in("read", partial(self.earlier.of, case))
-            # Before it is noted as begun: nothing of the case's own runs, and there may be thousands that are kept.
-            return self._kept(case, left) or self._begun(case, left.digests)
+            # One at a time, and before it is noted as begun: there may be thousands that are kept, and threads that
+            # look at them together would mostly wait for one another.
+            with self._looking:
+                left = self._in("read", partial(self.earlier.of, case))
+                kept = self._kept(case, left)
+            return kept or self._begun(case, left.digests)
         except (WriteError, StuckError) as error:
             if isinstance(error, WriteError) and self._is_of_one_case(error):
                 return self._fault(case, error)

@@ -118,6 +118,8 @@ class Desk:
             progress=progress,
             fast=base.fast,
             windows=base.windows,
+            bundle=base.bundle,
+            source=base.source,
         )
         progress("reading the scan", 0, 0)
         scan = self.read(source)

@@ -35,6 +35,7 @@ from volsal.scans.dicom_frames import (
     survey,
 )
 from volsal.scans.dicom_stack import Stack, arrange
+from volsal.scans.digest import sha256_of
 from volsal.scans.limits import LIMIT_VARIABLE, most_voxels
 from volsal.scans.scan import Reading, Scan, ScanError, fill
 
@@ -103,7 +104,8 @@ def read(path: Path, reading: Reading) -> Scan:
         stack = arrange(frames, reading.slices == "resample")
         _require_sensible(stack)
         array = _volume(stack)
-        sha256 = digest({frame.source.path for frame in frames})
+        files = {frame.source.path for frame in frames}
+        sha256, size = digest(files), sum(file.stat().st_size for file in files)
     notes += [*stack.notes, *_passed_over(path, found), *fill(path, array, reading)]
     return Scan(
         array,
@@ -114,6 +116,7 @@ def read(path: Path, reading: Reading) -> Scan:
         filled=reading.nan,
         series=_name_for_good(listed, chosen),
         slices=reading.slices,
+        size=size,
     )
 
 
@@ -356,12 +359,6 @@ def _between(values: NDArray[np.float32], at: float) -> NDArray[np.float32]:
 def digest(paths: Iterable[Path]) -> str:
     """SHA-256 over the sorted SHA-256 of every file: names and order do not matter."""
     whole = hashlib.sha256()
-    for one in sorted(_sha256_of(path) for path in paths):
-        whole.update(one)
+    for one in sorted(sha256_of(path) for path in paths):
+        whole.update(bytes.fromhex(one))
     return whole.hexdigest()
-
-
-def _sha256_of(path: Path) -> bytes:
-    """SHA-256 of one file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()

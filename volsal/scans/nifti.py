@@ -81,7 +81,7 @@ def read(path: Path, reading: Reading) -> Scan:
         with warnings.catch_warnings(), LoggingOutputSuppressor():
             warnings.simplefilter("ignore", UserWarning)  # on the form of extensions, which nothing here reads
             warnings.simplefilter("error", RuntimeWarning)  # overflow while scaling is damage, not a remark
-            header, array, digest, left = _load(path, reading.volume)
+            header, array, digest, size, left = _load(path, reading.volume)
     except ScanError:
         raise
     except MemoryError as error:
@@ -94,7 +94,7 @@ def read(path: Path, reading: Reading) -> Scan:
     notes += fill(path, array, reading)
     if left:
         notes.append(f"the file holds {left:,} bytes more than its header describes: is its size in the header right?")
-    return Scan(array, grid, path, header, used, reading.volume, digest, tuple(notes), reading.nan)
+    return Scan(array, grid, path, header, used, reading.volume, digest, tuple(notes), reading.nan, size=size)
 
 
 def _first_line(error: BaseException) -> str:
@@ -102,8 +102,8 @@ def _first_line(error: BaseException) -> str:
     return "its quaternion is longer than 1, so it is no rotation" if line.startswith("w2 should be") else line
 
 
-def _load(path: Path, volume: int | None) -> tuple[Any, NDArray[np.float32], str, int]:
-    """Header as it stands in the file, voxels, digest, and how many bytes follow the voxels.
+def _load(path: Path, volume: int | None) -> tuple[Any, NDArray[np.float32], str, int, int]:
+    """Header as it stands in the file, voxels, digest, bytes in all, and how many of them follow the voxels.
 
     nibabel mends what it finds odd in the header it hands out; what counts here is what the file says.  Extensions
     are not read: they may be of any size, and nothing here needs them.  The digest is of the very bytes that the
@@ -131,7 +131,8 @@ def _load(path: Path, volume: int | None) -> tuple[Any, NDArray[np.float32], str
         described = math.prod(proxy.shape) * proxy.dtype.itemsize
         stream.skip_to(proxy.offset + described)
         left = rest_of(path, cast(IO[bytes], stream), max(described, _MOST_LEFT))
-    return kind(block, check=False), array, digest.hexdigest(), left
+    size = sum(part.stat().st_size for part in parts)
+    return kind(block, check=False), array, digest.hexdigest(), size, left
 
 
 class _Hashed(io.RawIOBase):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import stat
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, field
@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from volsal.errors import VolsalError
 from volsal.grid import Grid
+from volsal.scans.digest import sha256_of
 
 # Channels whose corner voxels lie this near to each other, mm, count as lying on one grid.
 ON_ONE_GRID_MM = 0.1
@@ -44,6 +45,7 @@ class Scan:
     filled : what NaN and infinite voxels of the file became; None where the file was not asked to hold any
     series, slices : the choices by which a DICOM folder was read again the same way, as in :class:`Reading`
     further : the case's further channels (other sequences of one patient), scans on the same grid, in the model's order
+    size : bytes of the file, or of the files that it is in; None where ``sha256`` is
     """
 
     array: NDArray[np.float32]
@@ -58,6 +60,7 @@ class Scan:
     series: str | None = None
     slices: str | None = None
     further: tuple[Scan, ...] = field(default=())
+    size: int | None = None
 
     def __post_init__(self) -> None:
         if self.array.shape != self.grid.shape:
@@ -230,34 +233,33 @@ def file_digest(path: Path) -> str:
 
         return dicom.digest(parts)
     require_regular_file(path)
-    digest = hashlib.sha256()
     # What is gzipped as a whole has no second file, and need not be looked into for one.
-    for part in [path] if _is_gzip(path) else files_of(path):
-        with part.open("rb") as file:
-            hashlib.file_digest(file, lambda: digest)  # goes on with the part before
-    return digest.hexdigest()
+    return sha256_of(*([path] if _is_gzip(path) else files_of(path)))
 
 
 def _is_gzip(path: Path) -> bool:
+    if path.suffix.lower() != ".gz":
+        return False
     with path.open("rb", buffering=0) as file:
-        return path.suffix.lower() == ".gz" and file.read(2) == b"\x1f\x8b"
+        return file.read(2) == b"\x1f\x8b"
 
 
 def require_regular_file(path: Path) -> None:
     """Raise :class:`ScanError` unless ``path`` is a file with bytes in it; without opening it."""
     # Before any open(): a named pipe would block for ever, /dev/zero would never end.
     try:
-        if path.is_dir():
-            raise ScanError(f"{path}: a folder, not a scan; give one file, or use `volsal run` for many")
-        if not path.exists():
-            dangling = " (a link whose target is gone)" if path.is_symlink() else ""
-            raise MissingScanError(f"{path}: no such file{dangling}")
-        if not path.is_file():
-            raise ScanError(f"{path}: not a regular file (a device, a pipe or a socket)")
-        if path.stat().st_size == 0:
-            raise ScanError(f"{path}: the file is empty; was the copy or download cut short?")
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # the last: of a name that no file can have
+        dangling = " (a link whose target is gone)" if path.is_symlink() else ""
+        raise MissingScanError(f"{path}: no such file{dangling}") from error
     except OSError as error:
         raise ScanError(f"{path}: {error.strerror or error}") from error
+    if stat.S_ISDIR(found.st_mode):
+        raise ScanError(f"{path}: a folder, not a scan; give one file, or use `volsal run` for many")
+    if not stat.S_ISREG(found.st_mode):
+        raise ScanError(f"{path}: not a regular file (a device, a pipe or a socket)")
+    if found.st_size == 0:
+        raise ScanError(f"{path}: the file is empty; was the copy or download cut short?")
 
 
 _SIGNATURES = {

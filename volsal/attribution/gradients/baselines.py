@@ -17,7 +17,8 @@ from volsal.errors import VolsalError, nearest
 
 Baseline = str | Path | float | Tensor | NDArray
 
-_NAMES = ("zero", "blur", "mean")
+# Baselines that need no file.
+NAMES = ("zero", "blur", "mean")
 
 
 class BaselineError(VolsalError, ValueError):
@@ -79,7 +80,7 @@ def listed_baselines(baselines: Any, folder: Path) -> list[Baseline]:
         return list(torch.as_tensor(baselines).split(1))
     if isinstance(baselines, Sequence) and not isinstance(baselines, str):
         found = list(baselines)
-    elif isinstance(baselines, (str, Path)) and baselines not in _NAMES:
+    elif isinstance(baselines, (str, Path)) and baselines not in NAMES:
         found = files_of(baselines, folder)
     else:
         found = [baselines]
@@ -99,6 +100,15 @@ def files_of(named: str | Path, folder: Path) -> list[Baseline]:
     return sorted(path.parent.glob(path.name)) if "*" in path.name else [named]
 
 
+def named_files(baseline: Any) -> list[str | Path]:
+    """The file that a baseline names, if it names one."""
+    return [baseline] if isinstance(baseline, Path) or (isinstance(baseline, str) and _is_path(baseline)) else []
+
+
+def _is_path(text: str) -> bool:
+    return any(mark in text for mark in "./\\")
+
+
 def _below(named: Any, folder: Path) -> str:
     """Where a relative path was looked for."""
     relative = isinstance(named, (str, Path)) and not Path(named).expanduser().is_absolute()
@@ -111,9 +121,9 @@ def _in_voxels(blur: float, axes: int, context: Context) -> list[float]:
 
 def _read(baseline: str | Path, context: Context) -> Tensor:
     text = str(baseline)
-    if not any(mark in text for mark in "./\\"):
+    if not _is_path(text):
         raise BaselineError(
-            f"unknown baseline {text!r}{nearest(text, _NAMES)}; or a number, or the file of a scan (with its suffix, "
+            f"unknown baseline {text!r}{nearest(text, NAMES)}; or a number, or the file of a scan (with its suffix, "
             "or its folder's name and a slash)"
         )
     if context.input_of is None:

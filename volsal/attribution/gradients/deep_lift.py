@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar
 
 from torch import Tensor, nn
 
-from volsal.attribution.gradients.baselines import Baseline, baseline_of, baseline_text
+from volsal.attribution.gradients.baselines import Baseline, baseline_of, baseline_text, named_files
 from volsal.attribution.gradients.gradient import by_input
 from volsal.attribution.gradients.integrated import completeness, why_missed
 from volsal.attribution.gradients.rescale import recorded
@@ -56,6 +57,11 @@ class DeepLIFT(Method):
 
     def __post_init__(self) -> None:
         require_positive(self.id, blur=self.blur)
+
+    @property
+    def files(self) -> dict[str, list[str | Path]]:
+        """The baseline's, where it is one."""
+        return {"baseline": named_files(self.baseline)}
 
     def run(self, model: nn.Module, volume: Tensor, targets: Sequence[Target], context: Context) -> Attribution:
         """The map of each target; other errors as for :meth:`volsal.IntegratedGradients.run`.

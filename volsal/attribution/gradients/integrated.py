@@ -5,13 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from volsal.attribution.gradients.baselines import Baseline, BaselineError, baseline_of, baseline_text, listed_baselines
+from volsal.attribution.gradients.baselines import (
+    NAMES,
+    Baseline,
+    BaselineError,
+    baseline_of,
+    baseline_text,
+    listed_baselines,
+    named_files,
+)
 from volsal.attribution.gradients.gradient import by_input, scored
 from volsal.attribution.method import Attribution, Context, Method, detached
 from volsal.attribution.perturbation.perturbation import accurate, per_volume
@@ -61,6 +70,11 @@ class IntegratedGradients(Method):
         require_positive(self.id, blur=self.blur, **({} if self.tolerance is None else {"tolerance": self.tolerance}))
         if self.tolerance is not None and self.max_steps < self.steps:
             raise SettingError(f"{self.id}: max_steps is {self.max_steps}, less than the first {self.steps} steps")
+
+    @property
+    def files(self) -> dict[str, list[str | Path]]:
+        """The baseline's, where it is one."""
+        return {"baseline": named_files(self.baseline)}
 
     def run(self, model: nn.Module, volume: Tensor, targets: Sequence[Target], context: Context) -> Attribution:
         """The map of each target.
@@ -168,6 +182,14 @@ class ExpectedGradients(Method):
         require_whole(self.id, samples=self.samples, batch=self.batch)
         require_whole(self.id, 0, seed=self.seed)
         require_positive(self.id, blur=self.blur)
+
+    @property
+    def files(self) -> dict[str, list[str | Path]]:
+        """The baselines': each of a list; else the scan, the folder or the pattern."""
+        if isinstance(self.baselines, (list, tuple)):
+            return {"baselines": [file for one in self.baselines for file in named_files(one)]}
+        named = isinstance(self.baselines, (str, Path)) and self.baselines not in NAMES
+        return {"baselines": [self.baselines] if named else []}
 
     def run(self, model: nn.Module, volume: Tensor, targets: Sequence[Target], context: Context) -> Attribution:
         """The map of each target.

@@ -71,6 +71,11 @@ class RegionAblation(Perturbation):
         if not isinstance(self.names, Mapping) or not all(type(label) is int for label in self.names):
             raise SettingError(f"{self.id}: names are given by label, as in {{1: liver}}, not {self.names!r}")
 
+    @property
+    def files(self) -> dict[str, list[str | Path]]:
+        """The label map's, where it is one."""
+        return {"labels": [self.labels]} if isinstance(self.labels, (str, Path)) else {}
+
     def copies(self, shape: Sequence[int], context: Context) -> int:
         """One for each region and each of its controls, as far as these find room.  A file of labels is read."""
         return len(self._places(self._read(shape, context)))
