@@ -18,7 +18,7 @@ import json
 import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,6 +32,8 @@ from volsal.scans.write import WriteError, replacing
 CASE_FILE, FAULT_FILE, RUN_FILE, INPUTS_FILE = "case.json", "fault.json", "run.json", "inputs.json"
 TABLE, LOG, OWN = "cases.csv", "run.log.jsonl", ".volsal"
 
+# Writes an event, and what is to be told about it, as a line.
+Log = Callable[..., None]
 State = Literal["done", "refused", "failed", "missing"]
 
 
@@ -102,12 +104,12 @@ class RunFolder:
 
     def record(self, case: str) -> dict[str, Any] | None:
         """The case's ``case.json``; None where there is none or it is not one of ours."""
-        content = _read(self.path / case / CASE_FILE)
+        content = _read(self.path.joinpath(case, CASE_FILE))
         return content if content and _is_record(content) else None
 
     def fault(self, case: str) -> Fault | None:
         """Why the case has no result; None where it has one, or was not tried."""
-        content = _read(self.path / case / FAULT_FILE)
+        content = _read(self.path.joinpath(case, FAULT_FILE))
         names = Fault.__dataclass_fields__
         if content is None or content.get("status") not in ("refused", "failed"):
             return None
@@ -159,26 +161,49 @@ class RunFolder:
         self._remove(case, _is_half_written)
 
     def _remove(self, case: str, unwanted: Callable[[str], bool]) -> None:
-        # The folder is looked through once: of a run's cases, most have nothing to remove.
+        # One look at the folder: most have nothing to remove, and there may be thousands.
         with suppress(FileNotFoundError), os.scandir(self.path / case) as entries:
             for path in [Path(entry.path) for entry in entries if unwanted(entry.name)]:
                 path.unlink(missing_ok=True)
 
     def log(self, event: str, **about: Any) -> None:
-        """Append a line to the log: one write, so that lines of several processes do not mix.
+        """Append a line to the log.
 
         Raises
         ------
         WriteError
             Where the disk refuses.
         """
-        now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        line = json.dumps({"time": now, "event": event, **about}, ensure_ascii=True, default=str) + "\n"
+        with self.logging() as log:
+            log(event, **about)
+
+    @contextmanager
+    def logging(self) -> Iterator[Log]:
+        """What appends lines to the log, which is open for as long: one write each, so that no line is half there.
+
+        Raises
+        ------
+        WriteError
+            Where the disk refuses, now or at a line.
+        """
+        path = self.path / LOG
         try:
-            with (self.path / LOG).open("ab") as file:
-                file.write(line.encode("ascii"))
+            file = path.open("ab", buffering=0)
         except OSError as error:
-            raise WriteError(f"{self.path / LOG}: could not be written: {error.strerror or error}") from error
+            raise _not_written(path, error) from error
+
+        def log(event: str, **about: Any) -> None:
+            now = datetime.now(UTC).isoformat(timespec="milliseconds")
+            line = json.dumps({"time": now, "event": event, **about}, ensure_ascii=True, default=str) + "\n"
+            try:
+                written = file.write(line.encode("ascii"))
+            except OSError as error:
+                raise _not_written(path, error) from error
+            if written < len(line):  # as on a disk that is nearly full
+                raise WriteError(f"{path}: could not be written to the end; is the disk full?")
+
+        with file:
+            yield log
 
     def events(self) -> Iterator[dict[str, Any]]:
         """The log's lines; one that was cut off by a crash is passed over."""
@@ -309,9 +334,14 @@ def _is_half_written(name: str) -> bool:
     return name.startswith(".volsal-")
 
 
+def _not_written(path: Path, error: OSError) -> WriteError:
+    return WriteError(f"{path}: could not be written: {error.strerror or error}")
+
+
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        content = json.loads(path.read_bytes())
+        with path.open("rb", buffering=0) as file:
+            content = json.loads(file.read())
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
         return None
     return content if _is_dict(content) else None

@@ -70,4 +70,4 @@ class Attempts:
             raise WriteError(f"{self._note(case)}: could not be removed: {error.strerror or error}") from error
 
     def _note(self, case: str) -> Path:
-        return self.folder / OWN / "doing" / case
+        return self.folder.joinpath(OWN, "doing", case)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from volsal.batch.recipe import key_of
-from volsal.run_folder import CASE_FILE, FAULT_FILE, Fault, RunFolder
+from volsal.run_folder import Fault, RunFolder
 from volsal.scans.find import Case
 from volsal.scans.scan import file_digest
 
@@ -65,14 +65,16 @@ class Earlier:
         ScanError
             Where one of its files cannot be read.
         """
-        if not any((self.folder.path / case.id / name).exists() for name in (CASE_FILE, FAULT_FILE)):
+        record = self.folder.record(case.id)
+        fault = None if record else self.folder.fault(case.id)
+        if not (record or fault):
             return Left()
         digests = digests_of(case)
         key = self.key(case, digests)
-        record = self.folder.record(case.id)
-        if record and record["provenance"].get("key") == key and self.folder.is_whole(case.id, record):
-            return Left(digests, record)
-        fault = self.folder.fault(case.id)
+        if record:
+            if record["provenance"].get("key") == key and self.folder.is_whole(case.id, record):
+                return Left(digests, record)
+            fault = self.folder.fault(case.id)
         return Left(digests, fault=fault if fault and fault.key == key else None)
 
     def key(self, case: Case, digests: list[str]) -> str:

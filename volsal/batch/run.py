@@ -244,18 +244,20 @@ class Run:
             self.folder.salt()  # made before several processes ask for it
             engine = self._engine(progress, told)
             self.folder.write_inputs({case: found.describe() for case, found in self.cases.items()})
-            self.folder.log("began", cases=len(self.cases), workers=self.workers, scheduler=self.scheduler)
             clock, tally = time.monotonic(), Tally()
-            try:
-                for outcome in engine.outcomes(self._in_order(), self._stopping):
-                    if outcome is not None:
-                        tally.add(outcome)
-                        self._log(outcome)
-                    yield outcome
-            finally:
-                ended = self.stopped_by or ("end" if tally.ended == len(self.cases) else "fault")
-                seconds = round(time.monotonic() - clock, 3)
-                self._log_end(ended, seconds, tally)
+            with self.folder.logging() as log:
+                log("began", cases=len(self.cases), workers=self.workers, scheduler=self.scheduler)
+                try:
+                    for outcome in engine.outcomes(self._in_order(), self._stopping):
+                        if outcome is not None:
+                            tally.add(outcome)
+                            log("case", **_told(outcome))
+                        yield outcome
+                finally:
+                    ended = self.stopped_by or ("end" if tally.ended == len(self.cases) else "fault")
+                    seconds = round(time.monotonic() - clock, 3)
+                    with suppress(WriteError):  # of a full disk it is told by what ended the run
+                        log("ended", by=ended, seconds=seconds, states=dict(tally.states), codes=dict(tally.codes))
 
     def _engine(self, progress: Progress | None, told: Told) -> Engine:
         spread = self.workers > 1 or self.scheduler is not None
@@ -329,18 +331,6 @@ class Run:
             }
         )
 
-    def _log(self, outcome: Outcome) -> None:
-        about: dict[str, Any] = {"case": outcome.case, "status": outcome.status, "worker": outcome.worker}
-        if outcome.bad:  # the reason is in the case's folder: it may name files, and these a patient
-            about |= {"code": outcome.code, "again": outcome.again}
-        if outcome.status != "kept" and not outcome.again:
-            about |= {"seconds": round(outcome.seconds, 3), "stages": outcome.stages}
-        self.folder.log("case", **about)
-
-    def _log_end(self, ended: str, seconds: float, tally: Tally) -> None:
-        with suppress(WriteError):  # of a full disk it is told by what ended the run
-            self.folder.log("ended", by=ended, seconds=seconds, states=dict(tally.states), codes=dict(tally.codes))
-
     def left(self, tally: Tally) -> int:
         """Cases that no outcome is known of."""
         return len(self.cases) - tally.ended
@@ -355,3 +345,13 @@ def _standing(earlier: Earlier, case: Case) -> Standing:
         return earlier.of(case).standing
     except ScanError:  # of a file that cannot be read: the run would say so, and no longer hold what there is
         return "changed"
+
+
+def _told(outcome: Outcome) -> dict[str, Any]:
+    """What the log says of a case."""
+    about: dict[str, Any] = {"case": outcome.case, "status": outcome.status, "worker": outcome.worker}
+    if outcome.bad:  # the reason is in the case's folder: it may name files, and these a patient
+        about |= {"code": outcome.code, "again": outcome.again}
+    if outcome.status != "kept" and not outcome.again:
+        about |= {"seconds": round(outcome.seconds, 3), "stages": outcome.stages}
+    return about

@@ -14,8 +14,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from volsal.errors import VolsalError
 from volsal.grid import Grid
-from volsal.scans.digest import sha256_of
+from volsal.scans.digest import sha256_after, sha256_of
 
+# How a gzipped file begins.
+_GZIP = b"\x1f\x8b"
 # Channels whose corner voxels lie this near to each other, mm, count as lying on one grid.
 ON_ONE_GRID_MM = 0.1
 
@@ -233,15 +235,12 @@ def file_digest(path: Path) -> str:
 
         return dicom.digest(parts)
     require_regular_file(path)
-    # What is gzipped as a whole has no second file, and need not be looked into for one.
-    return sha256_of(*([path] if _is_gzip(path) else files_of(path)))
-
-
-def _is_gzip(path: Path) -> bool:
-    if path.suffix.lower() != ".gz":
-        return False
-    with path.open("rb", buffering=0) as file:
-        return file.read(2) == b"\x1f\x8b"
+    if path.suffix.lower() == ".gz":
+        # What is gzipped as a whole has no second file, and need not be looked into for one.
+        with path.open("rb", buffering=0) as file:
+            if (head := file.read(len(_GZIP))) == _GZIP:
+                return sha256_after(head, file)
+    return sha256_of(*files_of(path))
 
 
 def require_regular_file(path: Path) -> None:
