@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -28,6 +29,8 @@ T = TypeVar("T")
 
 # How often the process that watches looks up, s: for signals, and for the line that says how far it is.
 _LOOK_S = 0.5
+# Between two looks at what ended here, s: to wake for each of thousands that are kept would hold up those that look.
+_HANDFUL_S = 0.02
 # For each worker as it starts.  Ctrl-C reaches all processes of a terminal, and what becomes of the workers is for this
 # one to say; so is what a person should know of their deaths.
 _AT_START = """
@@ -94,6 +97,7 @@ class Here:
                         if outcome is not None:
                             yield outcome
                     yield None
+                    time.sleep(_HANDFUL_S)
             finally:
                 stopping.set()
             for thread in threads:
