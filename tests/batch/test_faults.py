@@ -7,13 +7,16 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections import deque
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import mkdtemp
 
 import pytest
 
-from volsal.batch import Run
+from volsal.batch import Run, worker
 from volsal.batch.attempts import Attempts, Deaths
 from volsal.batch.lock import LockedError, holder, locked
 from volsal.batch.status import status_of
@@ -216,8 +219,6 @@ def test_a_process_can_end_although_something_in_it_hangs_for_good(tmp_path):
 
 
 def test_what_hangs_while_it_is_read_is_not_read_without_a_limit_to_record_it(config, monkeypatch):
-    from volsal.batch import worker
-
     path, real = config(), worker.digests_of
 
     def hangs(case):
@@ -235,6 +236,55 @@ def test_what_hangs_while_it_is_read_is_not_read_without_a_limit_to_record_it(co
     run, outcomes = execute(path, time_limit=0.5 / 60)
     assert statuses(outcomes) == {**SOUND, "a": ("failed", "time-limit")}
     assert run.folder.fault("a").key == "", "it is tried again the next time"
+
+
+def test_a_look_that_hangs_costs_its_own_case_alone_and_what_it_finds_later_does_not_count(config, monkeypatch):
+    run, _ = execute(config())
+    release, through = threading.Event(), threading.Event()
+    real, look = worker.digests_of, Worker._look
+
+    def hangs(case):
+        if case.id == "sub-b":
+            with suppress(BaseException):  # as code does that takes being stopped for its own affair
+                release.wait()
+        return real(case)
+
+    def looked(*given):
+        try:
+            return look(*given)
+        finally:
+            through.set()
+
+    monkeypatch.setattr("volsal.batch.earlier.digests_of", hangs)
+    monkeypatch.setattr(worker, "_GRACE_S", 0.2)
+    monkeypatch.setattr(Worker, "_look", looked)
+    doer, waiting = Worker(replace(run.job, time_limit_s=0.5)), deque(run.cases.values())
+    outcomes = doer.next_of(waiting)
+    assert next(outcomes).case == "a"
+    release.set()
+    assert through.wait(10), "by now the look that was given up has found the other two"
+    ended = [*outcomes, *doer.next_of(waiting)]
+    assert [(o.case, o.status, o.code) for o in ended] == [("sub-b", "failed", "time-limit"), ("sub-c", "kept", "")]
+    assert not waiting
+
+
+# One ends where a case is to be done, when it is full, and when its time is up.
+@pytest.mark.parametrize(("handful", "seconds", "number_of_looks"), [(64, 60.0, 2), (4, 60.0, 4), (64, 0.0, 10)])
+def test_kept_cases_are_looked_at_by_the_handful_and_each_is_told_once(
+    config, scan_file, monkeypatch, handful, seconds, number_of_looks
+):
+    for number in range(7):
+        scan_file(f"scans/more{number}.nii.gz", shape=(12, 14, 10))
+    _, done = execute(config())
+    monkeypatch.setattr(worker, "_HANDFUL", handful)
+    monkeypatch.setattr(worker, "_HANDFUL_S", seconds)
+    looks, look = [], Worker._look
+    monkeypatch.setattr(Worker, "_look", lambda self, cases, kept: looks.append(len(cases)) or look(self, cases, kept))
+    scan_file("scans/more3.nii.gz", shape=(12, 14, 11))
+    outcomes = list(Run(load_config(config())).execute())
+    assert sorted(outcome.case for outcome in outcomes) == sorted(done)
+    assert {o.case for o in outcomes if o.status == "done"} == {"more3"}
+    assert len([size for size in looks if size]) == number_of_looks
 
 
 def test_an_exit_that_the_users_own_code_asks_for_is_of_one_case(config, monkeypatch):

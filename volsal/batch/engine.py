@@ -6,9 +6,9 @@ import logging
 import os
 import secrets
 import threading
-import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -29,8 +29,6 @@ T = TypeVar("T")
 
 # How often the process that watches looks up, s: for signals, and for the line that says how far it is.
 _LOOK_S = 0.5
-# Between two looks at what ended here, s: to wake for each of thousands that are kept would hold up those that look.
-_HANDFUL_S = 0.02
 # For each worker as it starts.  Ctrl-C reaches all processes of a terminal, and what becomes of the workers is for this
 # one to say; so is what a person should know of their deaths.
 _AT_START = """
@@ -68,36 +66,31 @@ class Here:
             Where a case took too long and could not be stopped.
         """
         worker = Worker(self.job, self.explainer)
-        waiting, turn = iter(cases), threading.Lock()
-        ended: SimpleQueue[Outcome | None] = SimpleQueue()
+        waiting = deque(cases)
+        ended: SimpleQueue[Outcome | Future[None]] = SimpleQueue()
 
         def work() -> None:
-            # Each thread takes its own next case: a resumed run has thousands that are only looked at, and to hand each
-            # of them over from here would take longer than the look.
-            try:
-                while not stopping.is_set():
-                    with turn:
-                        case = next(waiting, None)
-                    if case is None:
-                        return
-                    ended.put(worker(case))
-            except BaseException:
-                stopping.set()  # it is the run's end, and the others need not go on to find that out
-                raise
-            finally:
-                ended.put(None)
+            # Each thread takes its own next cases: a resumed run has thousands that are only looked at, and to hand
+            # each of them over from here would take longer than the look.
+            while waiting and not stopping.is_set():
+                for outcome in worker.next_of(waiting):
+                    ended.put(outcome)
 
         with ThreadPoolExecutor(IN_WORK, thread_name_prefix="volsal-case") as pool:
             threads = [pool.submit(work) for _ in range(IN_WORK)]
+            for thread in threads:
+                thread.add_done_callback(ended.put)
             working = IN_WORK
             try:
                 while working:
-                    for outcome in _some_of(ended):
-                        working -= outcome is None
-                        if outcome is not None:
-                            yield outcome
+                    for one in _some_of(ended):
+                        if isinstance(one, Outcome):
+                            yield one
+                            continue
+                        working -= 1
+                        if one.exception():  # it is the run's end: the others finish what they are at
+                            stopping.set()
                     yield None
-                    time.sleep(_HANDFUL_S)
             finally:
                 stopping.set()
             for thread in threads:
@@ -283,7 +276,7 @@ def do(job: Job, case: Case, stop: Path) -> Outcome | None:
                 _WORKERS.pop(other).close()  # of an earlier run: its model need not stay in memory
             _WORKERS[name] = Worker(_on_device(job))
     try:
-        return _WORKERS[name](case)
+        return next(_WORKERS[name].next_of(deque([case])))
     except StuckError:
         # Something hangs in this process for good; the cluster starts another one and hands it the case.
         os._exit(70)

@@ -14,11 +14,13 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Literal, NoReturn, TypeVar
@@ -41,6 +43,10 @@ from volsal.scans.write import WriteError
 IN_WORK = 3
 # How long a case that was told to stop is waited for.
 _GRACE_S = 10.0
+# Of cases that are only looked at, how many are handed to the thread that reads at once, and for how long: to hand each
+# of thousands over takes longer than the look.
+_HANDFUL = 64
+_HANDFUL_S = 0.05
 
 Status = Literal["done", "kept", "refused", "failed"]
 T = TypeVar("T")
@@ -148,7 +154,7 @@ class Job:
 
 
 class Worker:
-    """A process that does cases of a job, up to :data:`IN_WORK` at a time: call it from as many threads."""
+    """A process that does cases of a job, up to :data:`IN_WORK` at a time: used from as many threads."""
 
     def __init__(self, job: Job, explainer: Explainer | None = None) -> None:
         self.name = f"{socket.gethostname()}:{os.getpid()}"
@@ -169,8 +175,10 @@ class Worker:
         self._reading = scans.reading() if scans else {}
         self._salt = self.folder.salt() if scans and scans.identifiers == "hashed" else None
 
-    def __call__(self, case: Case) -> Outcome:
-        """Do one case.
+    def next_of(self, waiting: deque[Case]) -> Iterator[Outcome]:
+        """Take cases from the front of ``waiting``, which threads may share, and yield what becomes of each.
+
+        Those of which an earlier run's outcome still holds come first, up to a handful; then one that does not, done.
 
         Raises
         ------
@@ -181,12 +189,28 @@ class Worker:
         """
         for stage in self._stages.values():
             stage.require_free()
+        kept: list[Outcome] = []
         clock = time.monotonic()
+        left: Left | Exception | None
+        # One at a time: threads that look together would mostly wait for one another.
+        with self._looking:
+            try:
+                left = self._in("read", partial(self._look, tuple(islice(waiting, _HANDFUL)), kept))
+            except StuckError:
+                raise
+            except Exception as error:  # noqa: BLE001 - it is of the case that was looked at, and becomes its fault
+                left = error
+            ended = tuple(kept)  # should the look hang, it may yet end, and find more
+            taken = [waiting.popleft() for _ in range(len(ended) + (left is not None))]
+        yield from ended
+        if left is None:
+            return
+        case = taken[-1]
         try:
-            outcome = self._guarded(case)
+            outcome = self._guarded(case, left)
         finally:
             self.attempts.end(case.id)
-        return replace(outcome, seconds=time.monotonic() - clock, worker=self.name)
+        yield replace(outcome, seconds=time.monotonic() - clock, worker=self.name)
 
     def close(self) -> None:
         """Let the stages' threads end.  Cases that are in work are waited for."""
@@ -202,17 +226,26 @@ class Worker:
                     f"the same files below {self.job.config.folder}, and the same volsal?"
                 )
 
-    def _guarded(self, case: Case) -> Outcome:
-        """The case's outcome, whatever happens; a fault is written into its folder."""
-        try:
+    def _look(self, cases: Iterable[Case], kept: list[Outcome]) -> Left | None:
+        """Add to ``kept`` what holds of earlier runs; give what is left of the first case of which nothing does."""
+        until = time.monotonic() + _HANDFUL_S
+        for case in cases:
             if case.fault:
                 raise ScanError(f"{case.paths[0]}: {case.fault}" if case.paths else case.fault)
-            # One at a time, and before it is noted as begun: there may be thousands that are kept, and threads that
-            # look at them together would mostly wait for one another.
-            with self._looking:
-                left = self._in("read", partial(self.earlier.of, case))
-                kept = self._kept(case, left)
-            return kept or self._begun(case, left.digests)
+            left = self.earlier.of(case)
+            if (outcome := self._kept(case, left)) is None:
+                return left
+            kept.append(outcome)
+            if time.monotonic() > until:
+                break
+        return None
+
+    def _guarded(self, case: Case, left: Left | Exception) -> Outcome:
+        """The case's outcome, whatever happens; a fault is written into its folder."""
+        try:
+            if isinstance(left, Exception):
+                raise left
+            return self._begun(case, left.digests)
         except (WriteError, StuckError) as error:
             if isinstance(error, WriteError) and self._is_of_one_case(error):
                 return self._fault(case, error)
@@ -259,10 +292,14 @@ class Worker:
         """What an earlier run made of the same inputs and settings; None where the case is to be done."""
         if record := left.record:
             self.folder.clear(case.id)
+            self.attempts.end(case.id)
             maps = tuple((entry["name"], entry["target"], entry["status"]) for entry in record["maps"])
-            return Outcome(case.id, case.paths[0], "kept", maps=maps, notes=tuple(record["notes"]))
+            notes = tuple(record["notes"])
+            return Outcome(case.id, case.paths[0], "kept", maps=maps, notes=notes, worker=self.name)
         if (fault := left.fault) and not self.job.retry:
-            return Outcome(case.id, case.paths[0], fault.status, fault.code, fault.reason, fault.trace, again=True)
+            self.attempts.end(case.id)
+            told = fault.code, fault.reason, fault.trace
+            return Outcome(case.id, case.paths[0], fault.status, *told, again=True, worker=self.name)
         return None
 
     def _begun(self, case: Case, digests: list[str] | None) -> Outcome:
