@@ -17,7 +17,7 @@ from volsal.attribution import Attribution, Method, TargetError
 from volsal.attribution.settings import SettingError
 from volsal.batch import Run
 from volsal.config import load_config
-from volsal.explanation import CASE_FILE, files_of, plain_data
+from volsal.explanation import CASE_FILE, files_of
 from volsal.resampling import resample
 from volsal.scans.find import look
 from volsal.scans.scan import ScanError
@@ -188,17 +188,6 @@ def test_what_a_method_says_goes_into_the_record(scan_file, tmp_path):
         assert entry["score"] == pytest.approx(logit)
         assert entry["settings"]["baseline"]["shape"] == [3]
         assert entry["name"] == "telling"
-
-
-def test_plain_data_of_anything():
-    found = plain_data(
-        {1: (2.5, None, "x"), "t": torch.ones(2), "n": np.float32(3), "p": GradCAM("a"), "i": float("inf")}
-    )
-    assert json.loads(json.dumps(found, allow_nan=False))["1"] == [2.5, None, "x"]
-    assert found["n"] == 3.0
-    assert found["i"] == "inf"
-    assert found["p"] == {"kind": "GradCAM", "layer": "a", "features": None}
-    assert plain_data(torch.ones(2)) != plain_data(torch.zeros(2))
 
 
 class Lesions(nn.Module):

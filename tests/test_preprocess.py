@@ -78,7 +78,7 @@ def test_each_step_is_told_with_what_it_did_to_the_voxels(scan):
     for step, expected in zip(made, (flip, np.eye(4), crop), strict=True):
         np.testing.assert_array_equal(step.matrix, expected)
     assert made[1].settings.items() >= {"a_max": 500, "b_min": 0, "dtype": "float32", "clip": False}.items()
-    assert made[2].settings["cropper"] == {"name": "CenterSpatialCrop", "settings": {"roi_size": [20, 34, 20]}}
+    assert made[2].settings["cropper"] == {"kind": "CenterSpatialCrop", "settings": {"roi_size": [20, 34, 20]}}
     assert json.loads(json.dumps([step.describe() for step in made], allow_nan=False))[0]["matrix"][1] == [0, -1, 0, 27]
 
 
@@ -106,7 +106,7 @@ def test_settings_are_told_alike_in_every_process(scan):
             "function": "as_preprocess",
             "thing": "object",
             "learnt": [1.0, 1.0],
-            "things": "ndarray",
+            "things": ["object"],
         },
     )
     assert repr(PathFunction(Odd())) == "Odd"

@@ -50,12 +50,13 @@ from volsal.choices import as_method, configured_methods, method_names
 from volsal.config import Config, ConfigError, FunctionSection, require_file, require_files
 from volsal.environment import environment
 from volsal.errors import VolsalError, nearest
-from volsal.explanation import Explanation, Heatmap, Parts, Prediction, plain_data
+from volsal.explanation import Explanation, Heatmap, Parts, Prediction
 from volsal.grid import Grid
 from volsal.models import Bundle, load_bundle, load_model, weights_digest
 from volsal.models.bundle import Part, would_run
 from volsal.models.fast import FastCopy, fast_copy
 from volsal.models.fast import fast as copy_of
+from volsal.plain_data import plain_data
 from volsal.preprocess import ModelInput, MonaiSteps, PathFunction, Preprocess, PreprocessError, as_preprocess, rounded
 from volsal.references import resolve
 from volsal.remarks import on_maps, on_output
@@ -719,10 +720,15 @@ def _require_named(explainer: Explainer, config: Config, given: bool) -> None:
     ``given``: the targets are not the config's.
     """
     for number, method in enumerate(explainer.methods):
-        for setting, names in method.files.items():
-            for name in names:
-                key = f"methods.{number}.{method.id}.{setting}"
-                require_file(config, key, name, _NAMED_BY.get(setting, "scan"))
+        named = [
+            (setting, name)
+            for one in dict.fromkeys((method, *bases(method)))
+            for setting, names in one.files.items()
+            for name in names
+        ]
+        for setting, name in named:
+            key = f"methods.{number}.{method.id}.{setting}"
+            require_file(config, key, name, _NAMED_BY.get(setting, "scan"))
     for number, target in enumerate(explainer.targets):
         for name in getattr(target, "files", ()):
             key = "a target given in place of the config's" if given else f"targets.{number}"

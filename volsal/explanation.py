@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from volsal.attribution import Alignment
 from volsal.grid import Grid
+from volsal.plain_data import plain_data
 from volsal.resampling import resample
 from volsal.run_folder import CASE_FILE, files_of
 from volsal.scans import Scan
@@ -399,26 +397,6 @@ def _describe_map(heatmap: Heatmap) -> dict[str, Any]:
         "score": heatmap.score,
         "facts": plain_data(heatmap.facts),
     }
-
-
-def plain_data(value: Any) -> Any:
-    """``value`` as JSON can hold it; what is no finite number, no word and no collection of these is put in words."""
-    if isinstance(value, (str, bool, int)) or value is None:
-        return value
-    if isinstance(value, (float, np.floating)):
-        return float(value) if math.isfinite(value) else str(value)
-    if isinstance(value, Mapping):
-        return {str(key): plain_data(entry) for key, entry in value.items()}
-    if isinstance(value, (Tensor, np.ndarray)) and value.ndim:
-        array = value.detach().cpu().double().numpy() if isinstance(value, Tensor) else value
-        return {"shape": list(value.shape), "sha256": sha256(np.ascontiguousarray(array).tobytes()).hexdigest()}
-    if isinstance(value, (Tensor, np.generic, np.ndarray)):
-        return plain_data(value.item())
-    if isinstance(value, (Sequence, set, frozenset)):
-        return [plain_data(entry) for entry in value]
-    if is_dataclass(value) and not isinstance(value, type):
-        return {"kind": type(value).__name__} | {f.name: plain_data(getattr(value, f.name)) for f in fields(value)}
-    return str(value)
 
 
 def _describe_scan(scan: Scan) -> dict[str, Any]:

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from enum import Enum
 from functools import partial
-from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -24,6 +21,7 @@ from torch import Tensor
 
 from volsal.errors import VolsalError, nearest
 from volsal.grid import Grid, GridError, lps_to_ras
+from volsal.plain_data import name_of, plain_data, public_settings
 from volsal.resampling import resample
 from volsal.sampling import composed
 from volsal.scans import Scan
@@ -107,7 +105,7 @@ class PathFunction:
         self._function = function
 
     def __repr__(self) -> str:
-        return _called(self._function)
+        return name_of(self._function)
 
     def __call__(self, scan: Scan) -> ModelInput:
         """The function's answer, checked against the scan."""
@@ -158,7 +156,7 @@ class MonaiSteps:
 
     def __init__(self, steps: Sequence[Callable]) -> None:
         self._steps = list(_flattened(steps))
-        self._told = [(_called(step), _settings(step)) for step in self._steps]
+        self._told = [(name_of(step), plain_data(public_settings(step), _MOST_NUMBERS)) for step in self._steps]
 
     def __repr__(self) -> str:
         return " > ".join(type(step).__name__ for step in self._steps) or "the scan as it is"
@@ -220,37 +218,6 @@ def _moved(before: _Place, after: _Place, name: str, scan: Scan) -> NDArray[np.f
 def rounded(matrix: NDArray[np.float64]) -> list[list[float]]:
     """For a record, without what rounding leaves in the last digits."""
     return (np.round(matrix, 12) + 0.0).tolist()  # + 0.0: no -0.0
-
-
-def _called(what: Any) -> str:
-    return getattr(what, "__qualname__", type(what).__name__)
-
-
-def _settings(step: Any) -> dict[str, Any]:
-    """What a transform was made with, defaults included: its public attributes."""
-    return {name: _plain(value) for name, value in getattr(step, "__dict__", {}).items() if not name.startswith("_")}
-
-
-def _plain(value: Any) -> Any:
-    """``value`` as JSON can hold it, and alike in every process: no object is told by its address."""
-    if isinstance(value, Enum):
-        return _plain(value.value)
-    if isinstance(value, Tensor):
-        return _plain(value.detach().cpu().double().numpy())
-    if isinstance(value, (np.ndarray, np.generic)) and value.dtype != object:
-        if value.size > _MOST_NUMBERS:
-            return {"shape": list(value.shape), "sha256": sha256(value.tobytes()).hexdigest()}
-        return _plain(value.tolist())
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    if value is None or isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value)):
-        return value
-    if isinstance(value, (float, slice, torch.dtype)):
-        return str(value)
-    inner = _settings(value) if type(value).__module__.startswith("monai.") else None
-    return {"name": _called(value), "settings": inner} if inner else _called(value)
 
 
 def _meta_tensor(voxels: Tensor, grid: Grid, scan: Scan) -> Any:

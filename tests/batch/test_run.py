@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,11 +13,12 @@ import yaml
 from typer.testing import CliRunner
 
 from volsal import references
+from volsal.attribution import IntegratedGradients, Method
 from volsal.batch import Run, recipe
 from volsal.cli import app
 from volsal.config import ConfigError, load_config
 from volsal.errors import VolsalError
-from volsal.explain import Explainer
+from volsal.explain import Explainer, _require_named
 from volsal.run_folder import Fault
 from volsal.scans.write import WriteError
 
@@ -355,6 +357,21 @@ def test_what_is_wrong_for_every_scan_is_said_before_the_first(config, sections)
 def test_a_file_that_is_not_there_is_told_by_its_key(config, sections, says):
     with pytest.raises(ConfigError, match=f"config\\.yaml: {says}"):
         next(Run(load_config(config(**sections))).execute())
+
+
+def test_a_file_that_a_methods_ingredient_names_is_looked_for(config):
+    class Squared(Method):
+        id = "squared"
+
+        def ingredients(self):
+            return (IntegratedGradients(baseline="gone.nii"),)
+
+        def compose(self, volume, answers, context):
+            return answers[0]
+
+    explainer = SimpleNamespace(methods=[Squared()], targets=[])
+    with pytest.raises(ConfigError, match=r"methods\.0\.squared\.baseline: no scan .*gone\.nii"):
+        _require_named(explainer, load_config(config()), given=False)
 
 
 def test_files_that_are_there_and_words_that_name_none_are_taken(config, tmp_path):
