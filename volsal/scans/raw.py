@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from volsal.grid import Grid, GridError, lps_to_ras
+from volsal.scans.digest import sha256_of
 from volsal.scans.limits import require_room, require_spacing, unpacked
-from volsal.scans.scan import Reading, Scan, ScanError, file_digest, files_of, fill, require_regular_file
+from volsal.scans.scan import Reading, Scan, ScanError, fill, require_regular_file
 
 # Gradient tables of diffusion scans and the segment names of 3D Slicer make long headers; voxels begin before this.
 MOST_HEADER = 1 << 22
@@ -76,8 +77,9 @@ def read_described(path: Path, header: Described, reading: Reading) -> Scan:
     except MemoryError as error:
         raise ScanError(f"{path}: not enough memory on this machine for its voxels") from error
     notes = [*header.notes, *notes, *fill(path, array, reading)]
-    size = sum(part.stat().st_size for part in files_of(path))
-    return Scan(array, grid, path, sha256=file_digest(path), notes=tuple(notes), filled=reading.nan, size=size)
+    parts = dict.fromkeys((path, header.data))
+    size = sum(part.stat().st_size for part in parts)
+    return Scan(array, grid, path, sha256=sha256_of(*parts), notes=tuple(notes), filled=reading.nan, size=size)
 
 
 def _voxels(path: Path, header: Described) -> tuple[NDArray[np.float32], list[str]]:
