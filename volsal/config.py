@@ -384,7 +384,7 @@ def require_file(config: Config, key: str, name: str | Path, what: str) -> None:
     fixed = list(takewhile(lambda part: "{case}" not in part and "*" not in part, parts))
     rest = str(Path(*parts[len(fixed) :])) if len(fixed) < len(parts) else ""
     path = config.path_of(Path(*fixed))
-    if _exists(path):
+    if exists(path):
         if not rest or "{case}" in rest or any(path.glob(rest)):
             return
         path /= rest
@@ -397,7 +397,8 @@ def require_file(config: Config, key: str, name: str | Path, what: str) -> None:
     )
 
 
-def _exists(path: Path) -> bool:
+def exists(path: Path) -> bool:
+    """Whether there is something at ``path``; a name that cannot be is one that is not there."""
     return os.path.exists(path)  # noqa: PTH110 - pathlib's raises on names that are too long
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from volsal.batch.tables import Known, Roles, Row, Table, exists, known, read_table, several
-from volsal.config import ColumnsSection, Config, ConfigError, ScansSection, require_files
+from volsal.batch.tables import Known, Roles, Row, Table, known, read_table, several
+from volsal.config import ColumnsSection, Config, ConfigError, ScansSection, exists, require_files
 from volsal.scans.bids import find_bids, session_of
 from volsal.scans.find import Case, Found, apart, case_id, gather, look, match, stem_of
 from volsal.scans.scan import ScanError

@@ -65,16 +65,13 @@ class Earlier:
         ScanError
             Where one of its files cannot be read.
         """
-        record = self.folder.record(case.id)
-        fault = None if record else self.folder.fault(case.id)
+        record, fault = self.folder.record(case.id), self.folder.fault(case.id)
         if not (record or fault):
             return Left()
         digests = digests_of(case)
         key = self.key(case, digests)
-        if record:
-            if record["provenance"].get("key") == key and self.folder.is_whole(case.id, record):
-                return Left(digests, record)
-            fault = self.folder.fault(case.id)
+        if record and record["provenance"].get("key") == key and self.folder.is_whole(case.id, record):
+            return Left(digests, record)
         return Left(digests, fault=fault if fault and fault.key == key else None)
 
     def key(self, case: Case, digests: list[str]) -> str:

@@ -22,7 +22,8 @@ from typing import Any, TypeVar
 
 from volsal.batch.cases import Cases
 from volsal.batch.earlier import Standing
-from volsal.batch.tables import exists, several
+from volsal.batch.tables import several
+from volsal.config import exists
 from volsal.errors import VolsalError
 from volsal.scans.dicom_frames import is_regular, regular_files
 from volsal.scans.find import Case

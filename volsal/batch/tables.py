@@ -6,14 +6,13 @@ import codecs
 import csv
 import io
 import math
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from volsal.config import ColumnsSection, ConfigError
+from volsal.config import ColumnsSection, ConfigError, exists
 from volsal.errors import nearest
 
 # What columns are usually called, the likeliest first; compared without regard to case, spaces and underscores.
@@ -216,11 +215,6 @@ def _given(cells: Sequence[str], base: Path) -> tuple[float, ...] | Path:
     if len(cells) > 1 or not exists(base / cells[0]):
         raise ValueError(f"{', '.join(map(repr, cells))}: no number, with a point for decimals, and no file")
     return base / cells[0]
-
-
-def exists(path: Path) -> bool:
-    """Whether there is something at ``path``; a name that cannot be is one that is not there."""
-    return os.path.exists(path)  # noqa: PTH110 - pathlib's raises on names that are too long
 
 
 def several(names: Sequence[str], shown: int = _SHOWN) -> str:
