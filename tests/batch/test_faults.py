@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -606,6 +607,20 @@ def test_the_log_names_cases_and_no_files(config, accident, tmp_path):
     events = list(run.folder.events())
     assert [e["event"] for e in events] == ["began", "case", "case", "ended"]
     assert [e["code"] for e in events[1:3]] == [outcomes[e["case"]].code for e in events[1:3]]
+
+
+def test_a_log_line_that_finds_no_room_to_its_end_is_told(tmp_path):
+    log = RunFolder(tmp_path).log
+    log("began", cases=3)
+    size = (tmp_path / "run.log.jsonl").stat().st_size
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 5, before[1]))
+    try:
+        with pytest.raises(WriteError, match=r"run\.log\.jsonl: could not be written to the end; is the disk full"):
+            log("case", case="a")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [event["event"] for event in RunFolder(tmp_path).events()] == ["began"]
 
 
 def test_a_log_line_that_was_cut_off_is_passed_over(config, tmp_path):

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from made_runs import BLOB_MM, add_case, begin, distance, fault, geometry_of, grid_of, write_scan
 
+from volsal.audit import check_verdicts, trust, verdicts
 from volsal.display import Upright
 from volsal.report.markup import data_block, readable, render
 from volsal.report.page import ReportError, write_report
-from volsal.report.sections import Case, scales_of
+from volsal.report.sections import _QUIET, Case, scales_of
 from volsal.report.volumes import Shown, coded, thumbnail
 from volsal.run_folder import RunFolderError
 
@@ -507,6 +508,10 @@ def test_the_report_begins_with_the_audits_verdicts_in_short_and_the_most_suspic
     (folder / "audit.json").write_text(json.dumps(found))
     content = json.loads(re.search(r'class="content"[^>]*>(.*?)</script>', write_report(folder).read_text()).group(1))
     assert content["order"] == 0
+
+
+def test_what_is_counted_at_a_glance_are_the_audits_own_words_for_nothing_amiss():
+    assert {check_verdicts.PASSED, verdicts.CLEAR, trust.UNDECIDED} == _QUIET
 
 
 def test_a_report_without_a_sensible_audit_says_that_there_is_none(tmp_path):

@@ -99,11 +99,15 @@ def _minus(one: Figure, other: Figure) -> Figure:
 def _of_weights(mine: _Checked) -> Verdict:
     layers = mine.found[0]["cascading"][-1]["of"]
     return _drawn_otherwise(
-        mine, _WEIGHTS, lambda one: figure(one["cascading"][-1]["ssim"]),
-        "with that of a model whose layers are all random", f"with all {layers} layers random the map's SSIM with the "
-        "trained model's", "Adebayo et al. 2018; the rule of Arun et al. 2021", "all layers random",
-        {mode: _steps(mine, mode) for mode in ("cascading", "independent")},
-    )  # fmt: skip
+        mine,
+        _WEIGHTS,
+        lambda one: figure(one["cascading"][-1]["ssim"]),
+        which="with that of a model whose layers are all random",
+        measured=f"with all {layers} layers random the map's SSIM with the trained model's",
+        source="Adebayo et al. 2018; the rule of Arun et al. 2021",
+        called="all layers random",
+        further={mode: _steps(mine, mode) for mode in ("cascading", "independent")},
+    )
 
 
 def _of_labels(mine: _Checked) -> list[Verdict]:
@@ -112,17 +116,22 @@ def _of_labels(mine: _Checked) -> list[Verdict]:
         return []
     return [
         _drawn_otherwise(
-            mine, _LABELS, lambda one: figure(one["random labels"]["ssim"]),
-            "with that of the model trained on shuffled labels", "the map's SSIM with that of the model of shuffled "
-            "labels", "Adebayo et al. 2018", "random labels",
+            mine,
+            _LABELS,
+            lambda one: figure(one["random labels"]["ssim"]),
+            which="with that of the model trained on shuffled labels",
+            measured="the map's SSIM with that of the model of shuffled labels",
+            source="Adebayo et al. 2018",
+            called="random labels",
         )
-    ]  # fmt: skip
+    ]
 
 
 def _drawn_otherwise(
     mine: _Checked,
     check: str,
     drawn: Callable[[Mapping[str, Any]], Figure],
+    *,
     which: str,
     measured: str,
     source: str,
