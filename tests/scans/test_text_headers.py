@@ -5,6 +5,7 @@ import gzip
 import itertools
 import os
 import zlib
+from hashlib import sha256
 
 import nibabel as nib
 import numpy as np
@@ -165,6 +166,16 @@ def test_a_map_over_it_is_a_nifti_on_the_same_voxels(header, name, tmp_path):
     back = nib.load(tmp_path / "map.nii.gz")
     np.testing.assert_allclose(back.affine, PLACE)
     assert back.header.get_xyzt_units()[0] == "mm"
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_scan_knows_the_size_and_the_digest_of_its_files(suffix, tmp_path):
+    path = tmp_path / f"scan.{suffix}"
+    sitk.WriteImage(image(), str(path))
+    scan, parts = read_scan(path), files_of(path)
+    assert len(parts) == (2 if suffix in ("nhdr", "mhd") else 1)
+    assert scan.size == sum(part.stat().st_size for part in parts)
+    assert scan.sha256 == file_digest(path) == sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()
 
 
 @pytest.mark.parametrize(
