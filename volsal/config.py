@@ -271,7 +271,7 @@ class AuditSection(_Section):
         default_factory=dict, description="by mask, what a label map's labels are called, as in {organs: {1: liver}}"
     )
     alpha: float = Field(0.01, gt=0, lt=1, description="chance of any false trust, over all methods and answers")
-    min_scans: int = Field(5, ge=3, description="fewer scans of one answer say nothing")
+    min_scans: int = Field(5, ge=3, description="scans of fewer patients with one answer say nothing")
     min_share: float = Field(0.5, gt=0, le=1, description="trust: of the scans whose score moves at the map's peak")
     min_effect: float = Field(0.1, ge=0, description="trust: median effect, in spreads of the score over scans")
     min_change: float = Field(0.05, ge=0, description="trust: median effect, in log odds")

@@ -88,11 +88,21 @@ def test_without_a_body_nothing_counts_as_outside(scans, tmp_path):
     assert found.verdict("at the field's border").verdict == UNDECIDED
 
 
+def test_many_scans_of_few_patients_say_nothing_of_regions(scans):
+    model, cases = explainer(planted.Bright(planted.MARKER)), scans("marker")
+    assert audit(model, cases, SETTINGS).verdict("outside the body").verdict == FLAGGED
+    few = [replace(case, groups={"patient": f"p{number % 4}"}) for number, case in enumerate(cases)]
+    found = audit(model, few, SETTINGS).verdict("outside the body")
+    assert found.verdict == UNDECIDED
+    assert {told["patients"] for told in found.figures.values()} <= {2, 4}
+    assert "tried in scans of too few patients to tell of" in found.words
+
+
 def test_where_too_few_scans_or_maps_are_there_nothing_is_said_of_regions(scans, honest):
     few = audit(explainer(planted.Bright(planted.MARKER)), scans("marker")[:3], SETTINGS)
     for name in REGIONS:
         assert few.verdict(name).verdict == UNDECIDED
-    assert few.verdict("outside the body").words.endswith("tried in too few scans to tell of: class 0 (0), class 1 (2)")
+    assert few.verdict("outside the body").words.endswith("of too few patients to tell of: class 0 (0), class 1 (2)")
     found, _ = honest
     assert found.verdict("outside the body").verdict == "not found"
     assert "in 0 of 6 scans" in found.verdict("outside the body").words  # the others' maps have no place

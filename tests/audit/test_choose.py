@@ -238,6 +238,23 @@ def test_the_rule_of_trust(count, moved, effect, verdict, why):
     assert why in found.words
 
 
+def test_several_scans_of_a_patient_are_no_more_patients():
+    def of(number):
+        return {f"c{i}": f"p{i % number}" for i in range(10)}
+
+    (alone,), (six,) = (judge(records(10, 10), AuditSection(), patients=one) for one in (None, of(6)))
+    assert (alone.verdict, six.verdict) == (TRUSTED, TRUSTED)
+    assert (alone.p_value, six.p_value) == pytest.approx((20.0**-10, 20.0**-6))
+    assert (alone.scans, six.scans) == (10, 10)
+    (few,) = judge(records(10, 10), AuditSection(), patients=of(4))
+    assert (few.verdict, few.why) == (UNDECIDED, ("there are 4 patients with this answer, fewer than 5",))
+    # The first five, of as many patients, did not move the score: what a patient's further scans do is no further test.
+    later = list(reversed(records(10, 5)))
+    (found,) = judge(later, AuditSection(), patients=of(5))
+    assert found.p_value == pytest.approx(1)
+    assert found.verdict == UNTRUSTED
+
+
 def test_the_best_map_is_the_one_at_whose_peaks_the_score_moves_most_often():
     many = records(10, 10)
     for at, one in enumerate(many):

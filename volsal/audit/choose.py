@@ -35,6 +35,7 @@ from volsal.attribution.settings import SettingError
 from volsal.audit.checks import deepen
 from volsal.audit.examine import examine
 from volsal.audit.metric import Undefined
+from volsal.audit.patients import patients_of
 from volsal.audit.probe import Probe, peak_of
 from volsal.audit.sanity import parameterised, randomised
 from volsal.audit.subject import subject_of
@@ -228,6 +229,7 @@ def choose(
         Where no scan can be used.
     """
     settings = settings or AuditSection.model_validate({})
+    patients = patients_of(cases, settings)
     clock = time.monotonic()
     records: list[dict[str, Any]] = []
     used: list[Case] = []
@@ -252,7 +254,7 @@ def choose(
         reasons = "; ".join(dict.fromkeys(skipped.values())) or "there are none"
         raise SettingError(f"none of {len(chosen)} scans can be used: {reasons}")
     target = explainer.targets[0]
-    ranked = rank(records, settings, target)
+    ranked = rank(records, settings, target, patients=patients)
     checked: dict[str, Method] = {}
     # Where all of the best fail, the next best are checked: nothing unchecked is recommended.
     while not (ranked and ranked[0].method in checked):
@@ -262,12 +264,12 @@ def choose(
         left = {name: candidates[name] for name in new}
         _check(explainer, used, records, left, settings, clock, minutes, reading)
         checked |= left
-        ranked = rank(records, settings, target)
+        ranked = rank(records, settings, target, patients=patients)
     finalists = {one.method: checked[one.method] for one in ranked if one.answers and one.method in checked}
     if finalists:
         others = sampled(cases, scans + _RUN_OFF)[len(chosen) :] if len(chosen) == scans else []
         further = _run_off(explainer, others, finalists, settings, clock, minutes, reading)
-        ranked = rank(records, settings, target, further)
+        ranked = rank(records, settings, target, further, patients)
         ranked.sort(key=lambda one: (not one.answers, one.method not in checked))
     best = ranked[0].method if ranked and ranked[0].answers else None
     method = candidates[best] if best else None
@@ -340,14 +342,15 @@ def rank(
     settings: AuditSection,
     target: Any = None,
     further: Sequence[dict[str, Any]] = (),
+    patients: Mapping[str, str] | None = None,
 ) -> list[Scored]:
     """The methods of the records: first those that are trusted, by how often the score moves at their peaks.
 
     ``further`` records, of some methods, count for that and not for trust.  How often, since within the evidence the
-    ball's place decides how much.
+    ball's place decides how much.  ``patients``: case -> whose scan it is.
     """
     trust: dict[str, list[Trust]] = {}
-    for one in judge(records, settings, target):
+    for one in judge(records, settings, target, patients):
         trust.setdefault(one.method, []).append(one)
     everything = [*records, *further]
     spread = spreads(everything, target)

@@ -1,10 +1,11 @@
 """Which maps can be believed, by what the score did where they point; over scans, and for each answer on its own.
 
 The rule, which every verdict states with its figures: a map is trusted for an answer of the model (its predicted class)
-where, over at least ``min_scans`` scans with that answer,
+where, over scans of at least ``min_scans`` patients with that answer,
 
 1. in at least ``min_share`` of them the score falls more without a ball at the map's peak than without any of the balls
-   elsewhere, and this is no chance: a binomial test, with Holm's correction over all methods and answers;
+   elsewhere, and this is no chance: a binomial test over the first scan of each patient, with Holm's correction over
+   all methods and answers;
 2. the median fall is at least ``min_effect`` of the score's spread over all scans and, in log odds, at least
    ``min_change``; of outputs that are no log odds, at least ``min_effect_other`` of the spread;
 3. random weights do not draw the same map (median top Dice in the body at most ``max_alike``), and the peak stays under
@@ -27,6 +28,7 @@ from numpy.typing import NDArray
 from volsal.attribution import Target
 from volsal.audit.examine import figure
 from volsal.audit.metric import Figure, Undefined, numbers
+from volsal.audit.patients import one_of_each, owners_of
 from volsal.audit.statistics import Summary, holm, summarise
 from volsal.config import AuditSection
 
@@ -95,8 +97,11 @@ def judge(
     answers = sorted({record["answer"] for record in records})
     methods = list(dict.fromkeys(name for record in records for name in record["methods"]))
     sets = [(name, answer, [r for r in records if r["answer"] == answer]) for name in methods for answer in answers]
-    chances = [_chance([r["methods"].get(name, {}) for r in mine]) for name, _, mine in sets]
-    large = [len(mine) >= settings.min_scans for _, _, mine in sets]
+    apart = [one_of_each(mine, patients or {}) for *_, mine in sets]
+    chances = [
+        _chance([r["methods"].get(name, {}) for r in each]) for (name, *_), each in zip(sets, apart, strict=True)
+    ]
+    large = [len(each) >= settings.min_scans for each in apart]
     corrected = holm([chance if counts else np.nan for chance, counts in zip(chances, large, strict=True)])
     return [
         _case(name, answer, mine, float(p), spread, alike, settings, patients or {})
@@ -180,7 +185,8 @@ def _case(
 ) -> Trust:
     found = [record["methods"].get(name, {"undefined": "it was not asked for"}) for record in mine]
     trials = [one["trial"] for one in found if "trial" in one]
-    owners = [patients.get(record["case"], record["case"]) for record in mine]
+    owners = owners_of(mine, patients)
+    enough = len(set(owners)) >= settings.min_scans
     effect = summarise([scaled(record, name, spread) for record in mine], owners, "median")
     change: Figure = (
         float(np.median([trial["effect"] for trial in trials])) if trials else Undefined("the map has no place")
@@ -189,18 +195,22 @@ def _case(
     stable = _median([figure(one.get("stability", {}).get("kept")) for one in found])
     moved = sum(map(_moved, trials))
     why = [] if alike is None else [alike]
-    if len(mine) >= settings.min_scans:
+    if enough:
         why += _weak(moved, len(mine), p_value, effect.estimate, change, mine[0]["log_odds"], settings)
     why += _vetoes(drawn, stable, settings)
-    if len(mine) < settings.min_scans and not why:
-        few = f"there are {len(mine)} scans with this answer, fewer than {settings.min_scans}"
-        why, verdict = [few], UNDECIDED
+    if not enough and not why:
+        why, verdict = [_few(mine, owners, settings)], UNDECIDED
     else:
         verdict = UNTRUSTED if why else TRUSTED
     return Trust(
         name, answer, verdict, tuple(why), len(mine), len(found) - len(trials), moved, p_value, effect, change, drawn,
         stable,
     )  # fmt: skip
+
+
+def _few(mine: Sequence[Mapping[str, Any]], owners: Sequence[str], settings: AuditSection) -> str:
+    of = "scans" if len(set(owners)) == len(mine) else "patients"
+    return f"there are {len(set(owners))} {of} with this answer, fewer than {settings.min_scans}"
 
 
 def _weak(

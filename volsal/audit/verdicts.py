@@ -13,6 +13,7 @@ from typing import Any
 from volsal.attribution import Target
 from volsal.audit.examine import figure
 from volsal.audit.metric import Figure, Undefined, numbers
+from volsal.audit.patients import one_of_each, owners_of
 from volsal.audit.shortcuts import OUTSIDE, PADDING, REGIONS
 from volsal.audit.statistics import Summary, benjamini_hochberg, difference, summarise
 from volsal.audit.trust import TRUSTED, UNDECIDED, UNTRUSTED, Trust, binomial_tail, scaled, spreads
@@ -58,9 +59,10 @@ class Suspicion:
 def trust_rule(settings: AuditSection) -> str:
     """The rule of :mod:`volsal.audit.trust` with its thresholds."""
     return (
-        f"trusted for an answer where, in {settings.min_scans} scans or more, the score moves more without a "
-        f"{settings.radius_mm:g} mm ball at the map's peak than without any of {settings.controls} balls elsewhere in "
-        f"{settings.min_share:.0%} of the scans or more (binomial p corrected after Holm at most {settings.alpha:g}), "
+        f"trusted for an answer where, in scans of {settings.min_scans} patients or more, the score moves more without "
+        f"a {settings.radius_mm:g} mm ball at the map's peak than without any of {settings.controls} balls elsewhere "
+        f"in {settings.min_share:.0%} of the scans or more (binomial p over patients, corrected after Holm, at most "
+        f"{settings.alpha:g}), "
         f"by {settings.min_effect:g} of its spread or more (and {settings.min_change:g} in log odds; other outputs: "
         f"{settings.min_effect_other:g} of the spread), where "
         f"random weights do not draw the same map (top Dice at most {settings.max_alike:g}) and the peak stays under "
@@ -131,7 +133,7 @@ class Evidence:
 
     def owners(self, records: Records) -> list[str]:
         """Whose scans these are."""
-        return [self.patients.get(record["case"], record["case"]) for record in records]
+        return owners_of(records, self.patients)
 
     def matters(self, record: Mapping[str, Any], trial: Mapping[str, Any]) -> bool:
         """Whether a trial of a scan moved its score more than every control, and by enough to be told."""
@@ -168,28 +170,31 @@ def _of_region(
 ) -> Verdict:
     settings = evidence.settings
     rule = (
-        f"flagged where, of the {settings.min_scans} scans or more with one answer, {settings.shortcut_share:.0%} or "
-        f"more move the score by {settings.shortcut_effect:g} of its spread or more, and more than every ball "
-        f"elsewhere, without a {settings.radius_mm:g} mm ball at the highest place of {evidence.name} {region}"
+        f"flagged where, of the scans of {settings.min_scans} patients or more with one answer, "
+        f"{settings.shortcut_share:.0%} or more move the score by {settings.shortcut_effect:g} of its spread or more, "
+        f"and more than every ball elsewhere, without a {settings.radius_mm:g} mm ball at the highest place of "
+        f"{evidence.name} {region}"
         + (f" (more than {settings.body_margin_mm:g} mm away)" if region == OUTSIDE else "")
-        + f"; binomial p, corrected after Bonferroni, at most {settings.alpha:g}; of fewer scans, or where the map has "
-        "no place, it cannot be told"
+        + f"; binomial p over patients, corrected after Bonferroni, at most {settings.alpha:g}; of fewer patients, "
+        "or where the map has no place, it cannot be told"
     )
     figures: dict[str, dict[str, Any]] = {}
     flagged, few = [], {}
     for answer in evidence.answers:
         mine = [r for r in evidence.records if r["answer"] == answer and (region == PADDING or r["body"]["sure"])]
         there = [(record, trial) for record, trial in found if record["answer"] == answer]
-        chance = min(1.0, tests * binomial_tail(len(there), len(mine), 1 / (1 + settings.controls)))
+        apart, cases = one_of_each(mine, evidence.patients), {record["case"] for record, _ in there}
+        moved = sum(record["case"] in cases for record in apart)
+        chance = min(1.0, tests * binomial_tail(moved, len(apart), 1 / (1 + settings.controls)))
         densities = [figure(evidence.told(r).get("regions", {}).get(region, {}).get("density")) for r in mine]
         tried = sum(map(evidence.tried, mine))
-        if tried < settings.min_scans:
-            few[answer] = tried
+        if (enough := sum(map(evidence.tried, apart))) < settings.min_scans:
+            few[answer] = enough
         figures[answer] = {
-            "scans": len(mine), "tried": tried, "suspicious": len(there), "p_value": chance,
+            "scans": len(mine), "patients": len(apart), "tried": tried, "suspicious": len(there), "p_value": chance,
             "density": described(summarise(densities, evidence.owners(mine), "median")),
         }  # fmt: skip
-        large = len(mine) >= settings.min_scans and len(there) >= settings.shortcut_share * len(mine)
+        large = len(apart) >= settings.min_scans and len(there) >= settings.shortcut_share * len(mine)
         if large and chance <= settings.alpha:
             flagged.append((answer, there, len(mine)))
     if not any(one["scans"] for one in figures.values()):
@@ -202,7 +207,7 @@ def _of_region(
             some += ", too few to speak of a shortcut"
         if few:
             answers = ", ".join(f"{answer} ({tried})" for answer, tried in few.items())
-            some += f"; tried in too few scans to tell of: {answers}"
+            some += f"; tried in scans of too few patients to tell of: {answers}"
         return Verdict(region, UNDECIDED if len(few) == len(figures) else CLEAR, rule, some, figures)
     words = "; ".join(_shortcut(evidence, answer, there, of) for answer, there, of in flagged)
     return Verdict(region, FLAGGED, rule, words, figures)
@@ -257,7 +262,7 @@ def _of_mask(evidence: Evidence, mask: str) -> Verdict:
     figures = {"hit": described(hit), "removal": described(removed), "scans": len(having), "moved": len(mine)}
     name = f"mask: {mask}"
     ends = hit.estimate, hit.low, hit.high
-    if len(mine) < settings.min_scans or any(isinstance(end, Undefined) for end in ends):
+    if len(set(evidence.owners(mine))) < settings.min_scans or any(isinstance(end, Undefined) for end in ends):
         few = f"the score moves at the peak in {len(mine)} of {len(having)} scans, fewer than {settings.min_scans}"
         return Verdict(name, UNDECIDED, rule, few, figures)
     share, low, high = numbers(ends)
@@ -289,7 +294,7 @@ def group_differences(evidence: Evidence, groups: Mapping[str, Mapping[str, str]
         for value in sorted(set(values.values())):
             first = [r for r in evidence.records if values.get(r["case"]) == value]
             second = [r for r in evidence.records if values.get(r["case"]) not in (None, value)]
-            if min(len(first), len(second)) < evidence.settings.min_scans:
+            if min(len(set(evidence.owners(group))) for group in (first, second)) < evidence.settings.min_scans:
                 continue
             for name, compute in of.items():
                 found = difference(
@@ -309,7 +314,7 @@ def group_differences(evidence: Evidence, groups: Mapping[str, Mapping[str, str]
     ]  # fmt: skip
     told = [row for row in figures if row["adjusted"] <= level]
     rule = (
-        f"a difference in means between a group and all other scans, of {evidence.settings.min_scans} scans or more "
+        f"a difference in means between a group and all other scans, of {evidence.settings.min_scans} patients or more "
         f"each; permutation tests over patients, adjusted after Benjamini and Hochberg, at most {level:g}"
     )
     words = "; ".join(
