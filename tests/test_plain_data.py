@@ -1,10 +1,14 @@
 """What a record says of settings."""
 
 import json
+import os
 import subprocess
 import sys
 from enum import Enum
 from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +26,11 @@ class Fill(Enum):
 
 class Own:
     pass
+
+
+class Broken:
+    def __str__(self):
+        raise RuntimeError("no words")
 
 
 def kept(value, most_numbers=0):
@@ -55,7 +64,9 @@ def test_a_transform_is_told_with_what_it_was_made_with():
     [
         (np.mean, "mean"), (nn.ReLU, "ReLU"), (Own(), "Own"), (partial(np.mean, axis=0), "partial"),
         (torch.float16, "torch.float16"), (slice(1, 2), "slice(1, 2, None)"), (torch.device("cpu"), "cpu"),
-        (np.array([Own()]), ["Own"]),
+        (np.array([Own()] * 100), "ndarray"), (range(10**9), "range(0, 1000000000)"), (Path("a/b"), "a/b"),
+        (SimpleNamespace(x={"a", "b"}), "SimpleNamespace"), (nn.ReLU(), "ReLU"), (Broken(), "Broken"),
+        (np.clongdouble(1), "(1+0j)"), (b"ab", {"bytes": 2, "sha256": sha256(b"ab").hexdigest()}),
     ],
 )  # fmt: skip
 def test_nothing_is_told_by_its_address(value, word):
@@ -66,7 +77,11 @@ def test_words_in_a_set_stand_in_one_order_in_every_process():
     code = "from volsal.plain_data import plain_data; print(plain_data({'a', 'b', 'c', 'd', 'e'}))"
     told = {
         subprocess.run(
-            [sys.executable, "-c", code], env={"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True
+            [sys.executable, "-c", code],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
         for seed in ("1", "2", "3")
     }

@@ -106,7 +106,7 @@ def test_settings_are_told_alike_in_every_process(scan):
             "function": "as_preprocess",
             "thing": "object",
             "learnt": [1.0, 1.0],
-            "things": ["object"],
+            "things": "ndarray",
         },
     )
     assert repr(PathFunction(Odd())) == "Odd"

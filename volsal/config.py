@@ -100,6 +100,11 @@ class ColumnsSection(_Section):
     masks: dict[str, str] = Field(
         default_factory=dict, description="name: column of lesion masks or label maps; left out: mask, *_mask"
     )
+    patient: str | None = Field(
+        None,
+        description="whose scan it is: several scans of one patient count as one in the audit's tests.  It is written "
+        "nowhere; left out: patient, subject, participant_id, ...",
+    )
     groups: list[str] = Field(
         default_factory=list, description="columns to tell cases apart by; left out: site, sex, scanner, ..."
     )
@@ -253,7 +258,6 @@ class AuditSection(_Section):
     blur_mm: float = Field(12.0, gt=0, description="balls are filled with the scan blurred by this standard deviation")
     controls: int = Field(19, ge=9, description="balls elsewhere that each is compared with")
     tolerance_mm: float = Field(6.0, ge=0, description="a peak so near a mask hits it")
-    patient: str | None = Field(None, description="the group column that says whose scan it is")
     checked: int = Field(
         6, ge=0, description="scans on which sanity, stability, deletion, agreement and other outputs are computed"
     )

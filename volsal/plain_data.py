@@ -5,12 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import fields, is_dataclass
+from datetime import date
 from enum import Enum
 from hashlib import sha256
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
+
+# What is told by its own words, which are the same everywhere; anything else by its kind.
+_IN_WORDS = (PurePath, range, slice, complex, date, np.dtype, torch.dtype, torch.device)
 
 
 def plain_data(value: Any, most_numbers: int = 0) -> Any:
@@ -35,7 +41,7 @@ def plain_data(value: Any, most_numbers: int = 0) -> Any:
         return {str(key): inner(entry) for key, entry in value.items()}
     if isinstance(value, Set):
         return sorted(map(inner, value), key=str)  # its own order differs from process to process
-    if isinstance(value, Sequence):
+    if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray, memoryview, range)):
         return [inner(entry) for entry in value]
     return _object(value, inner)
 
@@ -52,8 +58,10 @@ def public_settings(value: Any) -> dict[str, Any]:
 
 def _array(array: Any, most_numbers: int) -> Any:
     if array.ndim == 0:
-        return plain_data(array.item(), most_numbers)
-    if array.size <= most_numbers or array.dtype.hasobject:
+        return str(array) if isinstance(array.item(), np.generic) else plain_data(array.item(), most_numbers)
+    if array.dtype.hasobject:
+        return name_of(array)
+    if array.size <= most_numbers:
         return plain_data(array.tolist(), most_numbers)
     return {"shape": list(array.shape), "sha256": sha256(np.ascontiguousarray(array).tobytes()).hexdigest()}
 
@@ -63,4 +71,6 @@ def _object(value: Any, inner: Callable[[Any], Any]) -> Any:
         return {"kind": name_of(value)} | {f.name: inner(getattr(value, f.name)) for f in fields(value)}
     if type(value).__module__.startswith("monai.") and (settings := public_settings(value)):
         return {"kind": name_of(value), "settings": inner(settings)}
-    return name_of(value) if hasattr(value, "__qualname__") or " at 0x" in str(value) else str(value)
+    if isinstance(value, (bytes, bytearray)):
+        return {"bytes": len(value), "sha256": sha256(value).hexdigest()}
+    return str(value) if isinstance(value, _IN_WORDS) else name_of(value)

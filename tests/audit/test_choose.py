@@ -251,8 +251,20 @@ def test_several_scans_of_a_patient_are_no_more_patients():
     # The first five, of as many patients, did not move the score: what a patient's further scans do is no further test.
     later = list(reversed(records(10, 5)))
     (found,) = judge(later, AuditSection(), patients=of(5))
-    assert found.p_value == pytest.approx(1)
-    assert found.verdict == UNTRUSTED
+    assert (found.patients, found.moved_patients, found.p_value) == (5, 0, pytest.approx(1))
+    assert "in one scan of each patient it does so in 0 of 5, which is no rarity" in found.words
+    # But a scan without a trial is none.
+    for one in later[:5]:
+        one["methods"]["map"] = {"undefined": "empty"}
+    (found,) = judge(later, AuditSection(min_share=0.5), patients=of(5))
+    assert (found.moved_patients, found.verdict) == (5, TRUSTED)
+
+
+def test_the_choice_goes_by_patients_too(lesions):
+    cases = [replace(case, patient=f"p{at % 3}") for at, case in enumerate(lesions)]
+    found = choose(explainer(planted.Bright()), cases, {"gxi": GradientTimesInput()}, SETTINGS, scans=9)
+    assert found.recommended is None
+    assert {one.verdict for each in found.candidates for one in each.trust} == {UNDECIDED}
 
 
 def test_the_best_map_is_the_one_at_whose_peaks_the_score_moves_most_often():

@@ -9,6 +9,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from volsal.audit.patients import patients_of
 from volsal.batch.cases import cases_of
 from volsal.config import ConfigError, load_config
 from volsal.scans.find import Case
@@ -184,6 +185,17 @@ class TestTables:
         assert [c.label for c in cases.values()] == ["Bern", "Ulm"]
         assert [dict(c.groups) for c in cases.values()] == [{"age": "61.5"}, {"age": "48"}]
         assert [c.given for c in cases.values()] == [{"x": (61.5,)}, {"x": (48.0,)}]
+
+    @pytest.mark.parametrize(("column", "named"), [("Patient_ID", None), ("patient", None), ("mrn", "mrn")])
+    def test_whose_scan_it_is_stays_with_the_case_alone(self, cohort, column, named):
+        text = f"scan,{column},case\nscans/a.nii.gz,4711,one\nscans/b.nii.gz,4711,two\n"
+        write(cohort / "cohort" / "cases.csv", text)
+        cases = found(cohort, table="../cohort/cases.csv", columns={"patient": named} if named else {}).cases
+        assert [(case.id, case.patient) for case in cases.values()] == [("one", "4711"), ("two", "4711")]
+        assert "4711" not in str([case.describe() for case in cases.values()])
+        assert len(set(patients_of(list(cases.values())).values())) == 1
+        with pytest.raises(ConfigError, match=r"no column 'whose'"):
+            found(cohort, table="../cohort/cases.csv", columns={"patient": "whose"})
 
     def test_paths_start_from_a_folder_where_one_is_given(self, cohort):
         text = COHORT.replace("scans/", "").replace("masks/", "../masks/")
@@ -411,6 +423,15 @@ class TestBids:
         assert [case.label for case in cases.values()] == ["stable", "grown", "grown", None]
         assert [case.groups.get("site") for case in cases.values()] == ["Bern", "Ulm", "Ulm", None]
         assert cases["sub-01_ses-2_run-1"].groups["sex"] == "F"
+
+    def test_a_subjects_sessions_are_one_patients(self, dataset):
+        write(dataset / "ds" / "sub-01" / "sub-01_sessions.tsv", "session_id\tsite\nses-1\tBern\nses-2\tUlm\n")
+        for sections in ({}, {"labels": "../t.csv"}):
+            write(dataset / "t.csv", "participant_id,label\nsub-01_ses-1,c\n")
+            cases = found(dataset, bids="../ds", channels=["T1w"], **sections).cases
+            assert [case.patient for case in cases.values()] == ["sub-01", "sub-01", "sub-01", "sub-02"]
+        cases = found(dataset, bids="../ds", channels=["T1w"], columns={"patient": "site"}).cases
+        assert cases["sub-01_ses-2_run-1"].patient == "Ulm"
 
     def test_several_suffixes_are_channels(self, dataset):
         cases = found(dataset, bids="../ds", channels=["T1w", "FLAIR"]).cases

@@ -258,6 +258,7 @@ def test_a_look_that_hangs_costs_its_own_case_alone_and_what_it_finds_later_does
 
     monkeypatch.setattr("volsal.batch.earlier.digests_of", hangs)
     monkeypatch.setattr(worker, "_GRACE_S", 0.2)
+    monkeypatch.setattr(worker, "_HANDFUL_S", 60.0)
     monkeypatch.setattr(Worker, "_look", looked)
     doer, waiting = Worker(replace(run.job, time_limit_s=0.5)), deque(run.cases.values())
     outcomes = doer.next_of(waiting)
@@ -270,6 +271,39 @@ def test_a_look_that_hangs_costs_its_own_case_alone_and_what_it_finds_later_does
 
 
 # One ends where a case is to be done, when it is full, and when its time is up.
+@pytest.mark.parametrize("number", [2, 3])
+def test_a_look_that_ends_just_after_its_time_is_its_own_cases_fault_and_no_others(config, monkeypatch, number):
+    run, _ = execute(config())
+    real = worker.digests_of
+
+    def lasts(case):
+        with suppress(BaseException):  # it is stopped, goes on all the same, and is through within the grace
+            while case.id == "sub-b":
+                threading.Event().wait(0.01)
+        return real(case)
+
+    monkeypatch.setattr("volsal.batch.earlier.digests_of", lasts)
+    monkeypatch.setattr(worker, "_HANDFUL_S", 0.3)
+    doer, waiting = Worker(replace(run.job, time_limit_s=0.6)), deque(list(run.cases.values())[:number])
+    ended = []
+    while waiting:
+        ended += doer.next_of(waiting)
+    rest = [("sub-c", "kept", "")][: number - 2]
+    assert [(o.case, o.status, o.code) for o in ended] == [
+        ("a", "kept", ""), ("sub-b", "failed", "time-limit"), *rest
+    ]  # fmt: skip
+    assert RunFolder(run.folder.path).fault("sub-c") is None
+
+
+def test_an_exit_in_a_look_is_of_one_case(config, monkeypatch):
+    execute(config())
+    real = worker.digests_of
+    monkeypatch.setattr("volsal.batch.earlier.digests_of", lambda c: sys.exit(3) if c.id == "sub-b" else real(c))
+    assert statuses(execute(config())[1]) == {
+        "a": ("kept", ""), "sub-b": ("failed", "error"), "sub-c": ("kept", "")
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(("handful", "seconds", "number_of_looks"), [(64, 60.0, 2), (4, 60.0, 4), (64, 0.0, 10)])
 def test_kept_cases_are_looked_at_by_the_handful_and_each_is_told_once(
     config, scan_file, monkeypatch, handful, seconds, number_of_looks
@@ -280,7 +314,9 @@ def test_kept_cases_are_looked_at_by_the_handful_and_each_is_told_once(
     monkeypatch.setattr(worker, "_HANDFUL", handful)
     monkeypatch.setattr(worker, "_HANDFUL_S", seconds)
     looks, look = [], Worker._look
-    monkeypatch.setattr(Worker, "_look", lambda self, cases, kept: looks.append(len(cases)) or look(self, cases, kept))
+    monkeypatch.setattr(
+        Worker, "_look", lambda self, cases, *made: looks.append(len(cases)) or look(self, cases, *made)
+    )
     scan_file("scans/more3.nii.gz", shape=(12, 14, 11))
     outcomes = list(Run(load_config(config())).execute())
     assert sorted(outcome.case for outcome in outcomes) == sorted(done)

@@ -47,7 +47,7 @@ from volsal.explain import Explainer
 from volsal.scans.find import Case
 
 NONE = "none of these can be trusted for this model"
-TOO_FEW = "the scans are too few to say which of these can be trusted"
+TOO_FEW = "the patients are too few to say which of these can be trusted"
 # So many earlier layers are tried, the deepest of each resolution.
 _EARLIER = 3
 # Of the best candidates, so many are put to the sanity and stability checks, and to a run-off on so many more scans.
@@ -229,7 +229,7 @@ def choose(
         Where no scan can be used.
     """
     settings = settings or AuditSection.model_validate({})
-    patients = patients_of(cases, settings)
+    patients = patients_of(cases)
     clock = time.monotonic()
     records: list[dict[str, Any]] = []
     used: list[Case] = []

@@ -532,6 +532,7 @@ class Carried:
     high: float
     p_value: float
     scans: int
+    patients: int
 
     @property
     def words(self) -> str:
@@ -550,7 +551,7 @@ def carried(shares: Sequence[Figure], owners: Sequence[str]) -> Carried | Undefi
     signs = np.random.default_rng(0).choice([-1.0, 1.0], (_FLIPS, len(sums)))
     as_large = np.count_nonzero(signs @ sums >= sums.sum() - 1e-12)
     mean, low, high = (float(end) for end in ends)  # type: ignore[arg-type]
-    return Carried(mean, low, high, (1 + as_large) / (1 + _FLIPS), summary.n)
+    return Carried(mean, low, high, (1 + as_large) / (1 + _FLIPS), summary.n, summary.patients)
 
 
 def of_exchange(
@@ -587,8 +588,8 @@ def _rule(what: str, settings: AuditSection) -> str:
         f"flagged where, of the difference between the answers of scans that are answered otherwise, "
         f"{settings.carried:.0%} or more (low end of the 95 % interval over patients) goes along with {what}, beyond "
         f"what does between scans answered alike; p by flipping signs, after Holm, at most {settings.alpha:g}; "
-        f"{settings.min_scans} scans or more; not found where the interval lies below {settings.carried:.0%}, and else "
-        "it cannot be told"
+        f"scans of {settings.min_scans} patients or more; not found where the interval lies below "
+        f"{settings.carried:.0%}, and else it cannot be told"
     )
 
 
@@ -600,7 +601,7 @@ def _of_property(
     settings: AuditSection,
 ) -> Verdict:
     rule = _rule(f"what is exchanged between them: {_TOLD[name]}", settings)
-    if why or not isinstance(share, Carried) or share.scans < settings.min_scans:
+    if why or not isinstance(share, Carried) or share.patients < settings.min_scans:
         return Verdict(name, UNDECIDED, rule, why or _too_few(share, settings), {})
     figures = {**asdict(share), "corrected": corrected[id(share)]}
     words = f"{share.words} goes along with {_TOLD[name]} ({share.scans} scans, corrected p {corrected[id(share)]:.2g})"
@@ -627,7 +628,7 @@ def _of_field(
     share, body, more = told.get(FIELD), told.get(_PLACES[1]), told.get(_MORE)
     if why or not (isinstance(share, Carried) and isinstance(body, Carried) and isinstance(more, Carried)):
         return Verdict(FIELD, UNDECIDED, rule, why or _too_few(share, settings), {})
-    if share.scans < settings.min_scans:
+    if share.patients < settings.min_scans:
         return Verdict(FIELD, UNDECIDED, rule, _too_few(share, settings), {})
     figures = {
         "field": asdict(share), "patient": asdict(body), "more": asdict(more), "place": found["place"],
@@ -654,4 +655,4 @@ def _too_few(share: Carried | Undefined | None, settings: AuditSection) -> str:
         return share.reason
     if share is None:
         return f"the body is known in fewer than {2 * settings.min_scans} scans of one shape"
-    return f"only {share.scans} scans could be told, fewer than {settings.min_scans}"
+    return f"only scans of {share.patients} patients could be told, fewer than {settings.min_scans}"

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from volsal.config import AuditSection
 from volsal.scans.find import Case
 
-# Group columns that say whose scan it is, where the config names none.
-PATIENT_COLUMNS = ("patient", "patient_id", "subject", "subject_id", "participant_id")
 Record = Mapping[str, Any]
 
 
-def patients_of(cases: Sequence[Case], settings: AuditSection) -> dict[str, str]:
-    """By case whose scan it is: by the config's group column, or one that is called so; else the case itself."""
-    columns = [settings.patient] if settings.patient else PATIENT_COLUMNS
-    return {case.id: next((case.groups[c] for c in columns if case.groups.get(c)), case.id) for case in cases}
+def patients_of(cases: Sequence[Case]) -> dict[str, str]:
+    """By case whose scan it is; where that is not known each is another's."""
+    return {case.id: f"case {case.id}" if case.patient is None else f"patient {case.patient}" for case in cases}
 
 
 def owners_of(records: Sequence[Record], patients: Mapping[str, str]) -> list[str]:
@@ -24,9 +20,15 @@ def owners_of(records: Sequence[Record], patients: Mapping[str, str]) -> list[st
     return [patients.get(record["case"], record["case"]) for record in records]
 
 
-def one_of_each(records: Sequence[Record], patients: Mapping[str, str]) -> list[Record]:
-    """The first scan of each patient: for tests that count, to which a patient's scans would be so many patients."""
-    first: dict[str, Record] = {}
+def one_of_each(
+    records: Sequence[Record], patients: Mapping[str, str], tried: Callable[[Record], bool]
+) -> list[Record]:
+    """A scan of each patient, for tests that count: the first that was ``tried``, or else the first.
+
+    To count all of a patient's scans would take them for so many patients.
+    """
+    found: dict[str, Record] = {}
     for owner, record in zip(owners_of(records, patients), records, strict=True):
-        first.setdefault(owner, record)
-    return list(first.values())
+        if owner not in found or (tried(record) and not tried(found[owner])):
+            found[owner] = record
+    return list(found.values())

@@ -55,7 +55,7 @@ from volsal.audit.exchange import exchange, of_exchange
 from volsal.audit.figures import metrics_of
 from volsal.audit.group_maps import group_maps
 from volsal.audit.metric import Figure, Undefined
-from volsal.audit.patients import PATIENT_COLUMNS, patients_of
+from volsal.audit.patients import patients_of
 from volsal.audit.standards import GROUPS, LIMITS, PLACE, SHORTCUTS, TRUST
 from volsal.audit.standards import described as parts_described
 from volsal.audit.subject import Subject, subject_of
@@ -216,14 +216,14 @@ class _Asked:
                 f"no scan can be audited: {'; '.join(dict.fromkeys(skipped.values())) or 'there is none'}"
             )
         by_case = {case.id: case for case in self.cases}
-        patients = patients_of(self.cases, settings)
+        patients = patients_of(self.cases)
         target = explainer.targets[0]
         trust = judge(records, settings, target, patients)
         best = best or _strongest(trust, list(methods))
         evidence = Evidence.of(records, best, settings, target, patients)
         checks = of_checks(evidence, list(methods))
         regions, suspicious = of_regions(evidence)
-        groups = _groups(records, by_case, settings)
+        groups = _groups(records, by_case)
         parts = {
             TRUST: [
                 *_of_model(records, settings),
@@ -326,7 +326,7 @@ class _Asked:
     def _exchanges(self) -> dict[str, Any]:
         """What goes along when it is exchanged between scans, from the run folder where it has that."""
         keys = [self._key(number, {}, {}) for number in range(len(self.cases))]
-        patients = patients_of(self.cases, self.settings)
+        patients = patients_of(self.cases)
         asked = [*keys, self.settings.exchanged, self.settings.min_scans, list(patients.items())]
         key = sha256(json.dumps(asked).encode()).hexdigest()
         place = self.place.folder / f"exchanges{self.place.mark}.json" if self.place.folder else None
@@ -450,12 +450,9 @@ def _kept(place: Path | None, key: str) -> dict[str, Any] | None:
     return content
 
 
-def _groups(
-    records: Sequence[Mapping[str, Any]], cases: Mapping[str, Case], settings: AuditSection
-) -> dict[str, dict[str, str]]:
+def _groups(records: Sequence[Mapping[str, Any]], cases: Mapping[str, Case]) -> dict[str, dict[str, str]]:
     """By column, the cases' values: their groups, their label, and whether the model is right, where that is known."""
-    own = {settings.patient, *PATIENT_COLUMNS}
-    columns = dict.fromkeys(c for record in records for c in cases[record["case"]].groups if c not in own)
+    columns = dict.fromkeys(column for record in records for column in cases[record["case"]].groups)
     found: dict[str, dict[str, str]] = {
         column: {r["case"]: value for r in records if (value := cases[r["case"]].groups.get(column))}
         for column in columns

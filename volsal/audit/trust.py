@@ -4,8 +4,8 @@ The rule, which every verdict states with its figures: a map is trusted for an a
 where, over scans of at least ``min_scans`` patients with that answer,
 
 1. in at least ``min_share`` of them the score falls more without a ball at the map's peak than without any of the balls
-   elsewhere, and this is no chance: a binomial test over the first scan of each patient, with Holm's correction over
-   all methods and answers;
+   elsewhere, and this is no chance: a binomial test over one scan of each patient, the first in which the map has a
+   place, with Holm's correction over all methods and answers;
 2. the median fall is at least ``min_effect`` of the score's spread over all scans and, in log odds, at least
    ``min_change``; of outputs that are no log odds, at least ``min_effect_other`` of the spread;
 3. random weights do not draw the same map (median top Dice in the body at most ``max_alike``), and the peak stays under
@@ -42,11 +42,12 @@ class Trust:
     Attributes
     ----------
     method, answer : of what
-    verdict : :data:`TRUSTED`, :data:`UNTRUSTED`, or :data:`UNDECIDED`, where there are too few scans
+    verdict : :data:`TRUSTED`, :data:`UNTRUSTED`, or :data:`UNDECIDED`, where there are too few patients
     why : what stands against it; empty where nothing does
     scans, undefined : with that answer, and of these those on which the map has no place
     moved : in how many the score moved more than at every place elsewhere
-    p_value : of that number by chance, corrected
+    patients, moved_patients : the same, of one scan of each patient
+    p_value : of so many ``moved_patients`` by chance, corrected
     effect : median fall of the score, in its spreads, with its interval over patients
     change : the same in the score's own unit
     alike, stable : see the module's rule; undefined where not asked for
@@ -59,6 +60,8 @@ class Trust:
     scans: int
     undefined: int
     moved: int
+    patients: int
+    moved_patients: int
     p_value: float
     effect: Summary
     change: Figure
@@ -97,16 +100,20 @@ def judge(
     answers = sorted({record["answer"] for record in records})
     methods = list(dict.fromkeys(name for record in records for name in record["methods"]))
     sets = [(name, answer, [r for r in records if r["answer"] == answer]) for name in methods for answer in answers]
-    apart = [one_of_each(mine, patients or {}) for *_, mine in sets]
-    chances = [
-        _chance([r["methods"].get(name, {}) for r in each]) for (name, *_), each in zip(sets, apart, strict=True)
-    ]
+    apart = [_apart(name, mine, patients or {}) for name, _, mine in sets]
+    chances = [_chance(each) for each in apart]
     large = [len(each) >= settings.min_scans for each in apart]
     corrected = holm([chance if counts else np.nan for chance, counts in zip(chances, large, strict=True)])
     return [
-        _case(name, answer, mine, float(p), spread, alike, settings, patients or {})
-        for (name, answer, mine), p in zip(sets, corrected, strict=True)
+        _case(name, answer, mine, each, float(p), spread, alike, settings, patients or {})
+        for (name, answer, mine), each, p in zip(sets, apart, corrected, strict=True)
     ]
+
+
+def _apart(name: str, records: Sequence[Mapping[str, Any]], patients: Mapping[str, str]) -> list[Mapping[str, Any]]:
+    """What the method found in one scan of each patient."""
+    one_each = one_of_each(records, patients, lambda record: "trial" in record["methods"].get(name, {}))
+    return [record["methods"].get(name, {}) for record in one_each]
 
 
 def spreads(records: Sequence[Mapping[str, Any]], target: Target | None = None) -> dict[str, float]:
@@ -177,6 +184,7 @@ def _case(
     name: str,
     answer: str,
     mine: Sequence[Mapping[str, Any]],
+    apart: Sequence[Mapping[str, Any]],
     p_value: float,
     spread: Mapping[str, float],
     alike: str | None,
@@ -186,35 +194,39 @@ def _case(
     found = [record["methods"].get(name, {"undefined": "it was not asked for"}) for record in mine]
     trials = [one["trial"] for one in found if "trial" in one]
     owners = owners_of(mine, patients)
-    enough = len(set(owners)) >= settings.min_scans
+    enough = len(apart) >= settings.min_scans
     effect = summarise([scaled(record, name, spread) for record in mine], owners, "median")
     change: Figure = (
         float(np.median([trial["effect"] for trial in trials])) if trials else Undefined("the map has no place")
     )
     drawn = _median([figure(one.get("sanity", {}).get("top_dice")) for one in found])
     stable = _median([figure(one.get("stability", {}).get("kept")) for one in found])
-    moved = sum(map(_moved, trials))
+    moved, moved_apart = sum(map(_moved, trials)), sum(_moved(one["trial"]) for one in apart if "trial" in one)
     why = [] if alike is None else [alike]
     if enough:
-        why += _weak(moved, len(mine), p_value, effect.estimate, change, mine[0]["log_odds"], settings)
+        why += _weak(
+            moved, len(mine), (moved_apart, len(apart), p_value), effect.estimate, change, mine[0]["log_odds"], settings
+        )
     why += _vetoes(drawn, stable, settings)
     if not enough and not why:
-        why, verdict = [_few(mine, owners, settings)], UNDECIDED
+        of = "scans" if len(apart) == len(mine) else "patients"
+        why, verdict = [f"there are {len(apart)} {of} with this answer, fewer than {settings.min_scans}"], UNDECIDED
     else:
         verdict = UNTRUSTED if why else TRUSTED
     return Trust(
-        name, answer, verdict, tuple(why), len(mine), len(found) - len(trials), moved, p_value, effect, change, drawn,
-        stable,
+        name, answer, verdict, tuple(why), len(mine), len(found) - len(trials), moved, len(apart), moved_apart, p_value,
+        effect, change, drawn, stable,
     )  # fmt: skip
 
 
-def _few(mine: Sequence[Mapping[str, Any]], owners: Sequence[str], settings: AuditSection) -> str:
-    of = "scans" if len(set(owners)) == len(mine) else "patients"
-    return f"there are {len(set(owners))} {of} with this answer, fewer than {settings.min_scans}"
-
-
 def _weak(
-    moved: int, scans: int, p_value: float, effect: Figure, change: Figure, logits: bool, settings: AuditSection
+    moved: int,
+    scans: int,
+    told: tuple[int, int, float],
+    effect: Figure,
+    change: Figure,
+    logits: bool,
+    settings: AuditSection,
 ) -> list[str]:
     """What is missing for the first two rules."""
     if isinstance(effect, Undefined) or isinstance(change, Undefined):
@@ -222,8 +234,9 @@ def _weak(
     why = []
     if moved < settings.min_share * scans:
         why.append(f"that is less than {settings.min_share:.0%} of the scans")
-    elif p_value > settings.alpha:
-        why.append(f"so many are no rarity by chance (corrected p = {p_value:.2g})")
+    elif told[-1] > settings.alpha:
+        of = "so many are" if told[1] == scans else "in one scan of each patient it does so in {} of {}, which is"
+        why.append(f"{of.format(*told)} no rarity by chance (corrected p = {told[-1]:.2g})")
     least = settings.min_effect if logits else settings.min_effect_other
     if effect < least:
         why.append(f"the score moves by {effect:.2g} of its spread, less than {least:g}")

@@ -84,7 +84,8 @@ def of_trust(
         verdict = next((kind for kind in (TRUSTED, UNTRUSTED, UNDECIDED) if kind in kinds), UNDECIDED)
         figures = {
             one.answer: {
-                "verdict": one.verdict, "scans": one.scans, "moved": one.moved, "p_value": _plain(one.p_value),
+                "verdict": one.verdict, "scans": one.scans, "moved": one.moved,
+                "patients": one.patients, "moved_patients": one.moved_patients, "p_value": _plain(one.p_value),
                 "effect": described(one.effect), "change": _plain(one.change), "alike": _plain(one.alike),
                 "stable": _plain(one.stable),
             }
@@ -183,7 +184,7 @@ def _of_region(
     for answer in evidence.answers:
         mine = [r for r in evidence.records if r["answer"] == answer and (region == PADDING or r["body"]["sure"])]
         there = [(record, trial) for record, trial in found if record["answer"] == answer]
-        apart, cases = one_of_each(mine, evidence.patients), {record["case"] for record, _ in there}
+        apart, cases = one_of_each(mine, evidence.patients, evidence.tried), {record["case"] for record, _ in there}
         moved = sum(record["case"] in cases for record in apart)
         chance = min(1.0, tests * binomial_tail(moved, len(apart), 1 / (1 + settings.controls)))
         densities = [figure(evidence.told(r).get("regions", {}).get(region, {}).get("density")) for r in mine]
@@ -191,7 +192,8 @@ def _of_region(
         if (enough := sum(map(evidence.tried, apart))) < settings.min_scans:
             few[answer] = enough
         figures[answer] = {
-            "scans": len(mine), "patients": len(apart), "tried": tried, "suspicious": len(there), "p_value": chance,
+            "scans": len(mine), "tried": tried, "suspicious": len(there),
+            "patients": len(apart), "suspicious_patients": moved, "p_value": chance,
             "density": described(summarise(densities, evidence.owners(mine), "median")),
         }  # fmt: skip
         large = len(apart) >= settings.min_scans and len(there) >= settings.shortcut_share * len(mine)
@@ -247,7 +249,7 @@ def _of_mask(evidence: Evidence, mask: str) -> Verdict:
     rule = (
         f"of the scans with that mask whose score moves at the peak of {evidence.name}, the share whose peak lies on "
         f"it or within {settings.tolerance_mm:g} mm: on the masks where the interval's low end is above half, off "
-        "where its high end is below"
+        f"where its high end is below; of fewer than {settings.min_scans} patients it cannot be told"
     )
     having = [r for r in evidence.records if mask in r["masks"] and "trial" in evidence.told(r)]
     mine = [r for r in having if evidence.matters(r, evidence.told(r)["trial"])]
@@ -262,8 +264,14 @@ def _of_mask(evidence: Evidence, mask: str) -> Verdict:
     figures = {"hit": described(hit), "removal": described(removed), "scans": len(having), "moved": len(mine)}
     name = f"mask: {mask}"
     ends = hit.estimate, hit.low, hit.high
-    if len(set(evidence.owners(mine))) < settings.min_scans or any(isinstance(end, Undefined) for end in ends):
-        few = f"the score moves at the peak in {len(mine)} of {len(having)} scans, fewer than {settings.min_scans}"
+    owners = len(set(evidence.owners(mine)))
+    if owners < settings.min_scans or any(isinstance(end, Undefined) for end in ends):
+        few = (
+            f"the score moves at the peak in {len(mine)} of {len(having)} scans, of {owners} patients, and these are "
+            f"fewer than {settings.min_scans}"
+            if owners < settings.min_scans
+            else f"over the {owners} patients whose score moves at the peak there is no interval"
+        )
         return Verdict(name, UNDECIDED, rule, few, figures)
     share, low, high = numbers(ends)
     verdict = ON if low > 0.5 else OFF if high < 0.5 else UNDECIDED
@@ -321,7 +329,7 @@ def group_differences(evidence: Evidence, groups: Mapping[str, Mapping[str, str]
         f"{row['figure']} of {row['group']} {row['value']}: {row['difference']:+.2g} (adjusted p {row['adjusted']:.2g})"
         for row in told
     )
-    missing = "no figure is defined in groups of enough scans" if rows else "no groups of enough scans are given"
+    missing = "no figure is defined in groups of enough patients" if rows else "no groups of enough patients are given"
     none = "no difference is told" if figures else missing
     verdict = "differ" if told else CLEAR if figures else UNDECIDED
     return Verdict("groups", verdict, rule, words or none, {"differences": figures})

@@ -107,10 +107,12 @@ def _of_bids(section: ScansSection, folder: Path) -> Cases:
         raise ConfigError("; ".join([wanted, *_passed_over(found.passed_over)]))
     cases = Cases(found.cases, source, root, _notes(found.passed_over, found.alike))
     table = _participants(root)
-    if table is None or section.labels:
-        return cases
-    columns = section.columns.model_copy(update={"id": "participant_id"})
-    return _with_known(cases, table, columns, _entities)
+    if table is not None and not section.labels:
+        columns = section.columns.model_copy(update={"id": "participant_id"})
+        cases = _with_known(cases, table, columns, _entities)
+    # A row of a session is called by it as well; the file's name says the subject alone.
+    of_subjects = {name: replace(case, patient=session_of(case.paths[0])[0]) for name, case in cases.cases.items()}
+    return cases if section.columns.patient else replace(cases, cases=of_subjects)
 
 
 def _passed_over(over: Mapping[str, int]) -> list[str]:
@@ -192,7 +194,8 @@ def _with_known(found: Cases, table: Table, columns: ColumnsSection, keys: Calla
         used.update(own)
         if own:
             fact = facts[case.id] = known(roles, rows[own[0]], table.path.parent)
-            fields = {**fact.fields, "masks": {**case.masks, **fact.fields["masks"]}}
+            masks, patient = {**case.masks, **fact.fields["masks"]}, fact.fields["patient"] or case.patient
+            fields = {**fact.fields, "masks": masks, "patient": patient}
             cases[case.id] = replace(case, fault=case.fault or fact.fault, **fields)
         else:
             fault = f"no row of {table.path.name} has its inputs for the model" if roles.given else None

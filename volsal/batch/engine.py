@@ -76,21 +76,17 @@ class Here:
                 for outcome in worker.next_of(waiting):
                     ended.put(outcome)
 
+        def through(thread: Future[None]) -> None:
+            if thread.exception():  # it is the run's end: the others finish what they are at
+                stopping.set()
+            ended.put(thread)
+
         with ThreadPoolExecutor(IN_WORK, thread_name_prefix="volsal-case") as pool:
             threads = [pool.submit(work) for _ in range(IN_WORK)]
             for thread in threads:
-                thread.add_done_callback(ended.put)
-            working = IN_WORK
+                thread.add_done_callback(through)
             try:
-                while working:
-                    for one in _some_of(ended):
-                        if isinstance(one, Outcome):
-                            yield one
-                            continue
-                        working -= 1
-                        if one.exception():  # it is the run's end: the others finish what they are at
-                            stopping.set()
-                    yield None
+                yield from _until_through(ended, IN_WORK)
             finally:
                 stopping.set()
             for thread in threads:
@@ -237,6 +233,17 @@ class Dask:
         lost = Fault("failed", "worker-lost", reason)
         RunFolder(self.job.folder).write_fault(case.id, lost)
         yield Outcome(case.id, case.paths[0] if case.paths else Path(), "failed", lost.code, lost.reason)
+
+
+def _until_through(ended: SimpleQueue[Outcome | Future[None]], threads: int) -> Iterator[Outcome | None]:
+    """What so many threads put into the queue, and None now and then, until each has put itself there."""
+    while threads:
+        for one in _some_of(ended):
+            if isinstance(one, Outcome):
+                yield one
+            else:
+                threads -= 1
+        yield None
 
 
 def _some_of(queue: SimpleQueue[T]) -> Iterator[T]:

@@ -18,6 +18,7 @@ from volsal.errors import nearest
 # What columns are usually called, the likeliest first; compared without regard to case, spaces and underscores.
 _ID = ("case", "case_id", "id", "participant_id", "subject", "subject_id", "patient", "patient_id")
 _SCAN = ("scan", "image", "path", "file", "scan_path", "image_path", "file_path", "file_name")
+_PATIENT = ("patient", "patient_id", "subject", "subject_id", "participant_id")
 _LABEL = ("label", "diagnosis", "class")
 _GROUPS = (
     "site", "center", "centre", "sex", "gender", "scanner", "manufacturer", "vendor", "field_strength", "group",
@@ -140,6 +141,7 @@ class Roles:
     masks: dict[str, int]
     groups: dict[str, int]
     given: dict[str, tuple[int, ...]]
+    patient: int | None
 
     @classmethod
     def of(cls, table: Table, columns: ColumnsSection) -> Roles:
@@ -163,13 +165,15 @@ class Roles:
         }
         usual = set(map(_plain, _GROUPS))
         groups = columns.groups or [column for column in table.columns if _plain(column) in usual]
+        own, patient = place(columns.id, _ID), place(columns.patient, _PATIENT)
         return cls(
-            place(columns.id, _ID),
+            own,
             tuple(map(table.index, scans)),
             place(columns.label, _LABEL),
             {name: table.index(column) for name, column in masks.items()},
             {column: table.index(column) for column in groups},
             {argument: tuple(map(table.index, names)) for argument, names in columns.given.items()},
+            None if patient == own else patient,  # each row's own id is no word on which are of one patient
         )
 
 
@@ -197,6 +201,7 @@ def known(roles: Roles, row: Row, base: Path) -> Known:
         "masks": masks,
         "groups": {column: row.cells[place] for column, place in roles.groups.items() if row.cells[place]},
         "given": given,
+        "patient": (row.cells[roles.patient] or None) if roles.patient is not None else None,
     }
     absent = tuple(name for name, path in masks.items() if not exists(path))
     return Known(fields, "; ".join(faults) or None, absent)

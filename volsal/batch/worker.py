@@ -80,7 +80,7 @@ class Outcome:
     code : the kind of fault, in one word
     error : why it is refused or failed, in one line; ``trace`` the traceback
     again : whether the fault is an earlier run's, and nothing was tried now
-    seconds : how long it took; ``stages``: each stage's own part of it
+    seconds : how long it took, 0 for what is kept; ``stages``: each stage's own part of it
     maps : name, target and status of each map
     notes : what is to be told of the result
     worker : where it was done: host and process
@@ -189,18 +189,23 @@ class Worker:
         """
         for stage in self._stages.values():
             stage.require_free()
-        kept: list[Outcome] = []
         clock = time.monotonic()
-        left: Left | Exception | None
+        begun: list[Case] = []
+        kept: list[Outcome] = []
+        left: Left | Exception | SystemExit | None
         # One at a time: threads that look together would mostly wait for one another.
         with self._looking:
+            looked = tuple(islice(waiting, _HANDFUL))
+            if not looked:
+                return
             try:
-                left = self._in("read", partial(self._look, tuple(islice(waiting, _HANDFUL)), kept))
+                left = self._in("read", partial(self._look, looked, begun, kept))
+                ended = tuple(kept)
             except StuckError:
                 raise
-            except Exception as error:  # noqa: BLE001 - it is of the case that was looked at, and becomes its fault
-                left = error
-            ended = tuple(kept)  # should the look hang, it may yet end, and find more
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - of the case that was looked at; becomes its fault
+                # A look that is stopped may yet be through with its case, and with more of them.
+                left, ended = error, tuple(kept[: max(0, len(begun) - 1)])
             taken = [waiting.popleft() for _ in range(len(ended) + (left is not None))]
         yield from ended
         if left is None:
@@ -226,10 +231,11 @@ class Worker:
                     f"the same files below {self.job.config.folder}, and the same volsal?"
                 )
 
-    def _look(self, cases: Iterable[Case], kept: list[Outcome]) -> Left | None:
+    def _look(self, cases: Iterable[Case], begun: list[Case], kept: list[Outcome]) -> Left | None:
         """Add to ``kept`` what holds of earlier runs; give what is left of the first case of which nothing does."""
         until = time.monotonic() + _HANDFUL_S
         for case in cases:
+            begun.append(case)
             if case.fault:
                 raise ScanError(f"{case.paths[0]}: {case.fault}" if case.paths else case.fault)
             left = self.earlier.of(case)
@@ -240,10 +246,10 @@ class Worker:
                 break
         return None
 
-    def _guarded(self, case: Case, left: Left | Exception) -> Outcome:
+    def _guarded(self, case: Case, left: Left | Exception | SystemExit) -> Outcome:
         """The case's outcome, whatever happens; a fault is written into its folder."""
         try:
-            if isinstance(left, Exception):
+            if isinstance(left, (Exception, SystemExit)):
                 raise left
             return self._begun(case, left.digests)
         except (WriteError, StuckError) as error:

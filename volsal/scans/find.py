@@ -53,6 +53,7 @@ class Case:
     masks : name -> file, lesion masks or label maps to judge the maps by
     groups : column -> value, such as site, sex or scanner
     given : the model's other inputs, argument -> numbers, or a file
+    patient : whose scan it is, where that is known; only to tell patients apart, and never written anywhere
     """
 
     id: str
@@ -62,9 +63,10 @@ class Case:
     masks: Mapping[str, Path] = field(default_factory=dict)
     groups: Mapping[str, str] = field(default_factory=dict)
     given: Mapping[str, tuple[float, ...] | Path] = field(default_factory=dict)
+    patient: str | None = None
 
     def describe(self) -> dict[str, Any]:
-        """As plain data, without the id."""
+        """As plain data, without the id and the patient."""
         return {
             "paths": [_text(path) for path in self.paths],
             "fault": self.fault,
