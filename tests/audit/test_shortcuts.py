@@ -1,5 +1,6 @@
 """What the answer hangs on is named, on networks that hang on it by construction, and honest ones are left alone."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -190,6 +191,32 @@ def test_detail_is_scaled_within_the_body_and_around_it():
     stronger = 4 * float(of.tone[0] / donor.tone[0])  # relative to the body's brightness
     assert np.median(found[of.beyond]) == pytest.approx(stronger, rel=0.1)
     assert np.median(found[of.body]) == pytest.approx(stronger, rel=0.3)
+    assert torch.allclose(detail(of, of), of.volume, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "is_floor"), [("one", True), ("rayleigh", True), ("ct", False), ("zero", False)])
+def test_where_the_airs_level_is_noise_it_grows_with_the_noise(kind, is_floor):
+    random = np.random.default_rng(0)
+
+    def scan(strength):
+        made = head((7, 8, 9), 5, 1.0, 0.05)
+        first, second = random.normal(0, strength, (2, *SHAPE)).astype(np.float32)
+        air = {"one": np.abs(first), "rayleigh": np.hypot(first, second), "ct": first - 5, "zero": 0 * first}[kind]
+        volume = torch.where(made.on(made.beyond), torch.from_numpy(air), made.volume)
+        return Seen(replace(made.subject, volume=volume), made.beyond)
+
+    of, donor = scan(0.02), scan(0.08)
+    assert of.floor.item() is donor.floor.item() is is_floor
+    # Away from the body's edge, which is detail too.
+    far = np.linalg.norm(np.argwhere(np.ones(SHAPE)) - (7, 8, 9), axis=1).reshape(SHAPE) > 9
+    given, own, other = (x[0, 0].numpy()[far] for x in (detail(of, donor), of.volume, donor.volume))
+    stronger = 1.0 if kind == "zero" else float(donor.fine[1] / of.fine[1])
+    assert given.std() == pytest.approx(stronger * own.std(), rel=0.15)
+    if is_floor:
+        assert given.mean() == pytest.approx(other.mean(), rel=0.2)
+        assert other.mean() == pytest.approx(4 * own.mean(), rel=0.1)
+    else:
+        assert given.mean() == pytest.approx(own.mean(), abs=0.01)
     assert torch.allclose(detail(of, of), of.volume, atol=1e-5)
 
 

@@ -111,6 +111,17 @@ class Seen:
         outside = self._each([float(np.median(one[self.beyond])) if self.beyond.any() else 0.0 for one in detail])
         return inside / self.tone[0], outside / self.tone[0]
 
+    @cached_property
+    def floor(self) -> Tensor:
+        """(1, C, 1, 1, 1) whether the air's level is noise as well, as in the magnitude images of MR.
+
+        The median of such noise lies 0.8 (one component) to 1.3 (Rayleigh's) of its interquartile range above the least
+        value; that of noise to both sides, as in a CT's air, some 3; air that was set to one value has no range.
+        """
+        above = (self.volume - _least(self.volume))[0].cpu().numpy()
+        quarters = [np.percentile(one[self.beyond], [25, 50, 75]) if self.beyond.any() else [0.0] * 3 for one in above]
+        return self._each([0.5 * (high - low) < half < 2 * (high - low) for low, half, high in quarters]) > 0
+
     def on(self, mask: NDArray[np.bool_]) -> Tensor:
         """A mask where the volume is."""
         return torch.from_numpy(mask).to(self.volume.device)
@@ -157,9 +168,14 @@ def tone(of: Seen, donor: Seen) -> Tensor:
 
 
 def detail(of: Seen, donor: Seen) -> Tensor:
-    """With fine detail, which is noise and sharpness, as strong as the donor's, in the body and around it."""
-    ratios = [torch.where(own > 0, other / own, 1.0) for own, other in zip(of.fine, donor.fine, strict=True)]
-    return of.smooth + (of.volume - of.smooth) * torch.where(of.on(of.beyond), ratios[1], ratios[0])
+    """With fine detail, which is noise and sharpness, as strong as the donor's, in the body and around it.
+
+    Where the air's level is noise in both scans (:attr:`Seen.floor`), it becomes as much stronger.
+    """
+    inside, around = (torch.where(own > 0, other / own, 1.0) for own, other in zip(of.fine, donor.fine, strict=True))
+    level = torch.where(of.floor & donor.floor, _least(of.volume), of.smooth)
+    air, tissue = level + (of.volume - level) * around, of.smooth + (of.volume - of.smooth) * inside
+    return torch.where(of.on(of.beyond), air, tissue)
 
 
 def size(of: Seen, donor: Seen) -> Tensor:
