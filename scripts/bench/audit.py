@@ -86,13 +86,17 @@ def of_phantoms(folder: Path, weights: Path, seeds: int) -> Iterator[tuple[str, 
                 yield f"{kind}_{cue}_{seed}", cue, cause, load
 
 
-def judged(explainer: Explainer, methods, cases: list[Case], masks: dict[str, Path], value: int) -> dict:
-    """By method: shares of peaks on the evidence and within 6 mm, and the median distance; nothing without evidence."""
+def judged(explainer: Explainer, methods, cases: list[Case], masks: dict[str, Path], value: int, answers=()) -> dict:
+    """By method: shares of peaks on the evidence and within 6 mm, and the median distance; nothing without evidence.
+
+    Of scans that are answered rightly, and by one of ``answers``, if there are any.
+    """
     far = {name: [] for name in methods}
     for case in cases:
         subject = subject_of(explainer, case)
         mask = read_labels(masks[case.id], subject.grid, subject.ready.scan) == value
-        if not mask.any() or not subject.answer.startswith(f"class {case.label}"):
+        right = subject.answer.startswith(f"class {case.label}")
+        if not mask.any() or not right or (answers and subject.answer not in answers):
             continue
         evidence = subject.grid.world(np.argwhere(mask))
         for name, values in subject.maps(methods).items():
@@ -122,7 +126,10 @@ def row(name: str, task: str, cause: str | None, load: Callable, scans: int) -> 
         enough = [one for one, (_, near, mm) in hits.items() if near >= 0.9 and mm <= NEAR_MM]
         if choice.recommended:
             hit, near, mm = hits[choice.recommended]
-            line += f" (on the evidence {hit:.2f}, within 6 mm {near:.2f}, median {mm:.1f} mm)"
+            line += f" (on the evidence {hit:.2f}, within 6 mm {near:.2f}, median {mm:.1f} mm"
+            trusted, only = choice.candidates[0].answers, {choice.recommended: choice.tried[choice.recommended]}
+            own = judged(explainer, only, cases, masks, value, trusted).get(choice.recommended)
+            line += f"; of {', '.join(trusted)}, for which it is: {own[1]:.2f})" if own else ")"
         if enough:
             good = choice.recommended in enough
         best = max(hits, key=lambda one: hits[one][1])
