@@ -20,7 +20,7 @@ from volsal.audit.run import audit
 from volsal.audit.shortcuts import side_of
 from volsal.audit.subject import subject_of
 from volsal.audit.trust import TRUSTED, UNDECIDED, UNTRUSTED
-from volsal.audit.verdicts import FLAGGED, ON, Evidence, group_differences
+from volsal.audit.verdicts import FLAGGED, ON, Evidence, group_differences, of_masks
 from volsal.cli import app
 from volsal.config import AuditSection
 
@@ -221,6 +221,27 @@ def test_groups_that_differ_are_told_and_others_are_not():
     assert "sex" not in told.words
     assert all(row["adjusted"] >= row["p_value"] for row in rows.values())
     assert group_differences(evidence, {}).verdict == UNDECIDED
+
+
+def test_groups_and_masks_of_few_patients_are_not_judged():
+    hit = {"mask": {"effect": 5.0}}
+    found = {"trial": {"effect": 5.0, "control_largest": 0.1}, "masks": {"mask": {"pointing game": {"value": 1.0}}}}
+    records = [
+        {"case": f"c{at}", "answer": "class 1", "log_odds": True, "masks": hit, "methods": {"map": found}}
+        for at in range(24)
+    ]
+    names = [record["case"] for record in records]
+    groups = {"site": {name: "ab"[at % 2] for at, name in enumerate(names)}}
+
+    def of(number):
+        patients = {name: f"p{at % number}" for at, name in enumerate(names)}
+        evidence = Evidence(records, "map", SETTINGS, dict.fromkeys(names, 5.0), patients)
+        return of_masks(evidence)[0], group_differences(evidence, groups)
+
+    few, many = of(2), of(12)
+    assert [one.verdict for one in many] == [ON, "not found"]
+    assert [one.verdict for one in few] == [UNDECIDED, UNDECIDED]
+    assert f"in 24 of 24 scans, of 2 patients, and these are fewer than {SETTINGS.min_scans}" in few[0].words
 
 
 def test_patients_with_several_scans_count_once(scans):

@@ -285,6 +285,18 @@ def test_the_p_value_counts_signs_of_whole_patients():
     assert isinstance(carried([Undefined("none")], ["a"]), Undefined)
 
 
+@pytest.mark.parametrize(("number", "verdict"), [(3, UNDECIDED), (4, FLAGGED)])
+def test_exchanges_among_few_patients_say_nothing(number, verdict):
+    names = [f"c{at}" for at in range(16)]
+    told = {"shares": {TONE: {name: 0.9 + at / 1000 for at, name in enumerate(names)}}, "place": None}
+    patients = {name: f"p{at % number}" for at, name in enumerate(names)}
+    settings = SETTINGS.model_copy(update={"alpha": 0.2})  # of four patients p cannot be less than 1/16
+    (found,) = [one for one in of_exchange(told, settings, patients, None) if one.name == TONE]
+    assert found.verdict == verdict
+    if verdict == UNDECIDED:
+        assert found.words == "only scans of 3 patients could be told, fewer than 4"
+
+
 # ---- trained models
 
 

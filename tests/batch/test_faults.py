@@ -295,6 +295,24 @@ def test_a_look_that_ends_just_after_its_time_is_its_own_cases_fault_and_no_othe
     assert RunFolder(run.folder.path).fault("sub-c") is None
 
 
+def test_what_ends_the_run_keeps_the_other_threads_from_further_cases(config, scan_file, monkeypatch):
+    for number in range(12):
+        scan_file(f"scans/more{number:02}.nii.gz", shape=(12, 14, 10))
+    begun, real = [], Worker._begun
+
+    def full(self, case, digests):
+        begun.append(case.id)
+        if case.id == "a":
+            raise WriteError("the disk is full")
+        threading.Event().wait(0.3)
+        return real(self, case, digests)
+
+    monkeypatch.setattr(Worker, "_begun", full)
+    with pytest.raises(WriteError, match="the disk is full"):
+        execute(config())
+    assert len(begun) <= 4
+
+
 def test_an_exit_in_a_look_is_of_one_case(config, monkeypatch):
     execute(config())
     real = worker.digests_of
