@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -229,7 +230,6 @@ def choose(
         Where no scan can be used.
     """
     settings = settings or AuditSection.model_validate({})
-    patients = patients_of(cases)
     clock = time.monotonic()
     records: list[dict[str, Any]] = []
     used: list[Case] = []
@@ -254,7 +254,9 @@ def choose(
         reasons = "; ".join(dict.fromkeys(skipped.values())) or "there are none"
         raise SettingError(f"none of {len(chosen)} scans can be used: {reasons}")
     target = explainer.targets[0]
-    ranked = rank(records, settings, target, patients=patients)
+    # Of the records as they are by then: checks are added to them.
+    by_rank = partial(rank, records, settings, target, patients=patients_of(cases))
+    ranked = by_rank()
     checked: dict[str, Method] = {}
     # Where all of the best fail, the next best are checked: nothing unchecked is recommended.
     while not (ranked and ranked[0].method in checked):
@@ -264,12 +266,12 @@ def choose(
         left = {name: candidates[name] for name in new}
         _check(explainer, used, records, left, settings, clock, minutes, reading)
         checked |= left
-        ranked = rank(records, settings, target, patients=patients)
+        ranked = by_rank()
     finalists = {one.method: checked[one.method] for one in ranked if one.answers and one.method in checked}
     if finalists:
         others = sampled(cases, scans + _RUN_OFF)[len(chosen) :] if len(chosen) == scans else []
         further = _run_off(explainer, others, finalists, settings, clock, minutes, reading)
-        ranked = rank(records, settings, target, further, patients)
+        ranked = by_rank(further)
         ranked.sort(key=lambda one: (not one.answers, one.method not in checked))
     best = ranked[0].method if ranked and ranked[0].answers else None
     method = candidates[best] if best else None
