@@ -24,6 +24,7 @@ import statistics
 import sys
 import warnings
 from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from itertools import pairwise
 from unittest.mock import MagicMock
@@ -178,9 +179,21 @@ def try_out(way: str, name: str, size: int, device: str, classes: list[int]) -> 
         call()
     except Exception as error:
         if way in NEEDS:
-            return f"{type(error).__name__}: {str(error).splitlines()[0][:70] if str(error) else ''}"
+            return f"fails: {type(error).__name__}: {str(error).splitlines()[0][:70] if str(error) else ''}"
         raise
     return call
+
+
+def of_process(way: str, name: str, size: int, device: str, classes: list[int]) -> str:
+    """MiB that a process of its own held at most, or that it fails."""
+    try:
+        return f"{rss_peak(partial(prepare, way, name, size, device, classes)) / 2**20:.0f}"
+    except BrokenProcessPool:
+        return "fails: its process was killed, as by want of memory"
+    except Exception:
+        if way in NEEDS:
+            return "-"  # it is tried once more, and then told
+        raise
 
 
 def table(name: str, size: int, device: str, rounds: int, ways: list[str], process: bool) -> None:
@@ -191,10 +204,13 @@ def table(name: str, size: int, device: str, rounds: int, ways: list[str], proce
     )
     print(f"{'way':<20}{'time':>8}{'quartiles':>14}{'peak':>8}{'MiB':>7}{'process MiB':>13}  goal")
     calls: dict[str, Call] = {}
+    own: dict[str, str] = {}
     for title, (way, classes) in asked.items():
-        call = try_out(way, name, size, device, classes)
+        # In a process of its own first: one that needs more memory than there is takes nothing along.
+        own[title] = of_process(way, name, size, device, classes) if process else "-"
+        call = own[title] if own[title].startswith("fails") else try_out(way, name, size, device, classes)
         if isinstance(call, str):
-            print(f"{title:<20}fails: {call}")
+            print(f"{title:<20}{call}", flush=True)
         else:
             calls[title] = call
     peaks = {title: allocated_peak(call, device) for title, call in calls.items()}
@@ -204,10 +220,10 @@ def table(name: str, size: int, device: str, rounds: int, ways: list[str], proce
         ratios = [ours / floor for ours, floor in zip(seconds[title], seconds["forward"], strict=True)]
         low, time, high = statistics.quantiles(ratios, n=4)
         peak = peaks[title] / peaks["forward"]
-        own = f"{rss_peak(partial(prepare, way, name, size, device, classes)) / 2**20:.0f}" if process else "-"
         single = [many / one for many, one in zip(seconds[title], seconds.get(way, seconds[title]), strict=True)]
         print(
-            f"{title:<20}{time:>8.3f}{f'{low:.2f}-{high:.2f}':>14}{peak:>8.3f}{peaks[title] / 2**20:>7.0f}{own:>13}  "
+            f"{title:<20}{time:>8.3f}{f'{low:.2f}-{high:.2f}':>14}{peak:>8.3f}{peaks[title] / 2**20:>7.0f}"
+            f"{own[title]:>13}  "
             f"{verdict(name, title, time, peak, statistics.median(single))}",
             flush=True,
         )
@@ -251,7 +267,7 @@ def all_classes(name: str, size: int, device: str, ways: list[str]) -> None:
             continue
         one, many = (try_out(way, name, size, device, c) for c in ([EXPLAINED], list(range(CLASSES))))
         if isinstance(one, str) or isinstance(many, str):
-            print(f"{way:<20}fails: {one if isinstance(one, str) else many}")
+            print(f"{way:<20}{one if isinstance(one, str) else many}")
             continue
         seconds = interleaved_times({"one": one, "many": many}, 1, device)
         print(f"{way:<20}{seconds['many'][0] / seconds['one'][0]:>8.2f}", flush=True)

@@ -11,6 +11,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -49,12 +50,18 @@ def rss_peak(prepare: Callable[[], Call]) -> int:
     ``prepare`` runs in that process first and returns the call; it is pickled, so it is a function of a module, or a
     ``functools.partial`` of one.  Unlike :func:`allocated_peak` this counts the libraries' own buffers, and what the C
     library keeps for later.
+
+    Raises
+    ------
+    BrokenProcessPool
+        Where the process is killed, as one is that needs more memory than there is.
     """
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_rss_peak, (prepare,))
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_rss_peak, prepare).result()
 
 
 def _rss_peak(prepare: Callable[[], Call]) -> int:
+    Path("/proc/self/oom_score_adj").write_text("1000")  # where memory ends, it is this process that goes
     torch.set_num_threads(1)
     call = prepare()
     gc.collect()

@@ -22,6 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from volsal.attribution.structure import bare
 from volsal.attribution.tap import ModelError, find_layer, forward, plain, undisturbed
+from volsal.models import winograd
 
 # Largest difference of an output, over the output's largest magnitude: in the model's own precision, and in a coarser.
 _SAME = 1e-4
@@ -80,7 +81,8 @@ def fast(model: nn.Module, example: Tensor, dtype: torch.dtype | None = None, ke
     A batch norm in evaluation mode is an affine map per channel, so behind a convolution it goes into the convolution's
     weights, wherever ``example`` shows that nothing else takes the convolution's output.  Convolution weights are laid
     out channels last, which spares the reordering of every activation.  On a CPU a stem is computed by rows, and every
-    convolution by oneDNN.
+    convolution by oneDNN, the large ones of three taps with two thirds of the multiplications
+    (:mod:`volsal.models.winograd`).
     Layers keep their names and outputs, but for folded convolutions, whose own output no longer comes to be: asking for
     one as a layer is an error.
 
@@ -267,16 +269,19 @@ def _by_rows(conv: Any) -> nn.Module:
 
 
 class _Straight:
-    """Convolves by oneDNN, where that can be.
+    """Convolves by oneDNN, where that can be, and after Winograd, where that spares time.
 
     On one thread torch takes a plain way of its own where a kernel has one tap or the map is small, which unrolls the
     map with its channels first: a fifth of a ResNet50's time went into reordering.
     """
 
     def _conv_forward(self: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        follows = torch.is_grad_enabled() and input.requires_grad  # then the rules of gradients look at the call
+        # Then the rules of gradients look at the call, and not every operator has gradients.
+        follows = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
         if follows or not _is_onednn(self, input, weight):
             return super()._conv_forward(input, weight, bias)  # type: ignore[misc]
+        if winograd.is_worthwhile(self, input):
+            return winograd.convolve(input, weight, bias, self.padding)
         return torch.mkldnn_convolution(input, weight, bias, self.padding, self.stride, self.dilation, self.groups)
 
 

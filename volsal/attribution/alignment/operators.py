@@ -92,7 +92,9 @@ def _window(call: Call, place: Place, lines: Sequence[tuple[float, float]]) -> P
 def _convolution(call: Call) -> Place:
     weight = call.given["weight"]
     axes = weight.ndim - 2
-    stride, padding, dilation = (_per_axis(call.given[name], axes) for name in ("stride", "padding", "dilation"))
+    stride, padding, dilation = (
+        _per_axis(call.given.get(name, usual), axes) for name, usual in (("stride", 1), ("padding", 0), ("dilation", 1))
+    )
     centre = [(k - 1) * d / 2 - p for k, d, p in zip(weight.shape[2:], dilation, padding, strict=True)]
     lines = [(1 / s, -c / s) if call.given.get("transposed") else (s, c) for s, c in zip(stride, centre, strict=True)]
     return _window(call, call.place.mixed(-axes - 1, call.shape[-axes - 1]), lines)
@@ -402,7 +404,7 @@ def rule_of(func: Any) -> tuple[str, Rule | None]:
     """The operator's name, and what it does to places; None where that is not known."""
     space, name = func._schema.name.split("::")
     name = name if name.startswith("__") else name.rstrip("_")
-    if space != "aten":
+    if space not in ("aten", "volsal"):
         return name, None
     for pattern, rule in _RULES:
         if re.fullmatch(pattern, name):
