@@ -123,6 +123,23 @@ class Level(nn.Module):
         return self.head(torch.relu(self.gain(x)).mean((2, 3, 4)))
 
 
+class Plane(nn.Module):
+    """Class 1 where the plane of the cue "line" is bright as a whole: no ball holds much of it."""
+
+    def __init__(self, at=9, size=SIZE):
+        super().__init__()
+        self.gain = nn.Conv3d(1, 1, 1)
+        self.gain.weight.data.fill_(1.0)
+        self.gain.bias.data.fill_(0.0)
+        self.head = nn.Linear(size, 2)
+        self.head.weight.data.zero_()
+        self.head.weight.data[:, at] = torch.tensor([-5.0, 5.0])
+        self.head.bias.data = torch.tensor([5.0, -5.0])
+
+    def forward(self, x):
+        return self.head(torch.relu(self.gain(x)).mean((1, 2, 3)))
+
+
 def small_net(seed=0, norm=True):
     """Three strided convolutions and a mean, of random weights."""
     torch.manual_seed(seed)

@@ -257,6 +257,12 @@ class AuditSection(_Section):
     radius_mm: float = Field(10.0, gt=0, description="of the balls that are taken out of a scan")
     blur_mm: float = Field(12.0, gt=0, description="balls are filled with the scan blurred by this standard deviation")
     controls: int = Field(19, ge=9, description="balls elsewhere that each is compared with")
+    highest: float = Field(
+        0.02,
+        ge=0,
+        le=0.2,
+        description="of evidence that no ball holds: share of the field, taken out where maps are highest",
+    )
     tolerance_mm: float = Field(6.0, ge=0, description="a peak so near a mask hits it")
     checked: int = Field(
         6, ge=0, description="scans on which sanity, stability, deletion, agreement and other outputs are computed"
@@ -274,11 +280,19 @@ class AuditSection(_Section):
     label_names: dict[str, dict[int, str]] = Field(
         default_factory=dict, description="by mask, what a label map's labels are called, as in {organs: {1: liver}}"
     )
-    alpha: float = Field(0.01, gt=0, lt=1, description="chance of any false trust, over all methods and answers")
+    alpha: float = Field(
+        0.01, gt=0, lt=1, description="chance of any false trust, over all methods, answers and ways of asking"
+    )
     min_scans: int = Field(5, ge=3, description="scans of fewer patients with one answer say nothing")
-    min_share: float = Field(0.5, gt=0, le=1, description="trust: of the scans whose score moves at the map's peak")
+    min_share: float = Field(0.5, gt=0, le=1, description="trust: of the scans whose score moves where the map says")
     min_effect: float = Field(0.1, ge=0, description="trust: median effect, in spreads of the score over scans")
     min_change: float = Field(0.05, ge=0, description="trust: median effect, in log odds")
+    min_change_highest: float = Field(
+        0.5, ge=0, description="trust: median effect of a map's highest part, in log odds"
+    )
+    min_times_highest: float = Field(
+        1.5, ge=1, description="trust: effect of a map's highest part, over the largest of the map moved elsewhere"
+    )
     min_effect_other: float = Field(
         0.25, ge=0, description="trust: median effect of outputs that are no log odds, in spreads"
     )
@@ -291,7 +305,11 @@ class AuditSection(_Section):
     min_agreement: float = Field(
         0.1, ge=0, description="agreement: top Dice of two methods' maps above that of displaced ones, at least"
     )
-    min_stable: float = Field(0.5, ge=0, description="trust: share of harmless changes under which the peak stays")
+    min_stable: float = Field(
+        0.5,
+        ge=0,
+        description="trust: share of harmless changes under which the peak stays; or what is highest, by its Dice",
+    )
     body_margin_mm: float = Field(6.0, ge=0, description="so near the body is not outside of it")
     border_mm: float = Field(10.0, ge=0, description="so near the field's faces is its border")
     shortcut_effect: float = Field(0.2, gt=0, description="shortcut: effect in one scan, in spreads of the score")

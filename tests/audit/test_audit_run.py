@@ -296,3 +296,22 @@ def test_figures_that_were_not_asked_for_are_undefined():
     assert isinstance(figure(None), Undefined)
     assert figure(plain(Undefined("no room"))) == Undefined("no room")
     assert figure(plain(0.25)) == 0.25
+
+
+def test_what_is_highest_is_asked_where_no_peak_is_trusted(scans):
+    settings = SETTINGS.model_copy(update={"candidates": True, "controls": 19})
+    spread = audit(explainer(planted.Plane(), methods="gradient-x-input"), scans("line"), settings)
+    best = spread.choice.recommended
+    assert spread.choice.by_peak is False
+    found = spread.verdict(f"trust: {best}")
+    assert found.verdict == TRUSTED
+    assert found.figures["class 1"]["way"] == "highest"
+    assert found.figures["class 1"]["change"] >= settings.min_change_highest
+    assert "all that is highest in the map" in found.words
+    assert "0.02 of the field at most" in found.rule
+    assert spread.metrics[best]["effect of the highest part, spreads"]["value"] > 0
+    # Where a peak is, it costs nothing.
+    pointed = audit(explainer(planted.Bright(), methods="gradient-x-input"), scans("lesion"), settings)
+    assert pointed.choice.by_peak
+    assert all("highest" not in one for record in pointed.records for one in record["methods"].values())
+    assert not any("highest part" in name for one in pointed.metrics.values() for name in one)

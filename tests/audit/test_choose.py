@@ -8,6 +8,7 @@ import numpy as np
 import planted
 import pytest
 import torch
+from scipy import ndimage
 
 from volsal import GradCAM, GradientTimesInput, InputGradient
 from volsal.attribution import Context, HiResCAM, Method
@@ -16,7 +17,7 @@ from volsal.audit.choose import NONE, TOO_FEW, candidates_of, choose, rank, samp
 from volsal.audit.metric import Undefined
 from volsal.audit.probe import Probe, peak_of
 from volsal.audit.subject import answer_of, subject_of
-from volsal.audit.trust import TRUSTED, UNDECIDED, UNTRUSTED, binomial_tail, judge
+from volsal.audit.trust import HIGHEST, PEAK, TRUSTED, UNDECIDED, UNTRUSTED, binomial_tail, judge
 from volsal.config import AuditSection
 from volsal.scans.find import Case
 from volsal.scans.labels import read_labels
@@ -27,12 +28,12 @@ FEW = AuditSection(min_scans=4, checked=2, controls=9)
 
 
 @dataclass(frozen=True)
-class Shuffled(Method):
-    """A true map with its voxels in random order."""
+class Remade(Method):
+    """Maps that are no method's: made of the scan and of gradient x input."""
 
     seed: int = 0
 
-    id = "shuffled"
+    id = "remade"
     unit = "none"
     signed = True
 
@@ -40,25 +41,33 @@ class Shuffled(Method):
         return (GradientTimesInput(),)
 
     def compose(self, volume, answers, context):
-        flat = answers[0].maps[0].flatten()
+        return replace(answers[0], maps=[self.remade(volume, answers[0].maps[0])])
+
+
+class Shuffled(Remade):
+    """A true map with its voxels in random order."""
+
+    def remade(self, volume, values):
         random = torch.Generator().manual_seed(self.seed + int(1e3 * float(volume.abs().sum())) % 100_000)
-        mixed = flat[torch.randperm(len(flat), generator=random)].reshape(answers[0].maps[0].shape)
-        return replace(answers[0], maps=[mixed])
+        return values.flatten()[torch.randperm(values.numel(), generator=random)].reshape(values.shape)
 
 
-@dataclass(frozen=True)
-class Intensity(Method):
+class Intensity(Remade):
     """The scan itself."""
 
-    id = "intensity"
-    unit = "none"
-    signed = False
+    def remade(self, volume, values):
+        return volume.clone()
 
-    def ingredients(self):
-        return (InputGradient(),)
 
-    def compose(self, volume, answers, context):
-        return replace(answers[0], maps=[volume.clone()])
+class InTheHead(Remade):
+    """A smooth random field in the head, which has nothing to do with what the model looks at."""
+
+    def remade(self, volume, values):
+        # Other weights and other scans give another field; a harmlessly changed scan gives the same.
+        random = np.random.default_rng((self.seed, 100 + round(float(values.abs().max().log()))))
+        field = ndimage.gaussian_filter(random.normal(size=volume.shape[2:]), 3) + 1
+        head = torch.nn.functional.avg_pool3d(volume, 3, 1, 1)[0, 0].numpy() > 0.5
+        return torch.from_numpy(np.where(head, field, 0)).to(volume)[None, None]
 
 
 @pytest.fixture
@@ -143,13 +152,13 @@ def test_what_is_recommended_was_checked_also_where_the_best_few_fail(lesions, m
     module = sys.modules["volsal.audit.choose"]
     asked = []
 
-    def check(explainer, used, records, finalists, *rest):
-        asked.append(list(finalists))
-        for record in records:
-            for name in finalists:
-                record["methods"][name]["sanity"] = {"top_dice": 1.0 if len(asked) == 1 else 0.1}
+    def deepen(found, subject, finalists, *rest):
+        if list(finalists) not in asked:
+            asked.append(list(finalists))
+        for name in finalists:
+            found[name]["sanity"] = {"top_dice": 1.0 if len(asked) == 1 else 0.1}
 
-    monkeypatch.setattr(module, "_check", check)
+    monkeypatch.setattr(module, "deepen", deepen)
     monkeypatch.setattr(module, "_RUN_OFF", 0)
     found = choose(explainer(planted.Bright()), lesions, {name: GradientTimesInput() for name in "abcdef"}, FEW)
     assert asked == [["a", "b", "c", "d"], ["e", "f"]]
@@ -208,6 +217,92 @@ def test_a_method_that_does_not_cover_the_model_does_not_stop_the_others(lesions
     assert found["gxi"].shape == (24, 24, 24)
 
 
+def test_evidence_that_no_ball_holds_is_found_by_all_that_is_highest(scans):
+    lines, net = scans("line"), explainer(planted.Plane())
+    found = choose(net, lines, settings=SETTINGS, scans=12)
+    best = found.candidates[0]
+    assert best.method == found.recommended
+    (case,) = (one for one in best.trust if one.answer == "class 1")
+    assert (case.way, case.verdict, case.moved, case.scans) == (HIGHEST, TRUSTED, 6, 6)
+    assert "without all that is highest in the map, 0.02 of the field at most, the score moves far more" in case.words
+    for case in lines[::2]:
+        peak = peak_of(subject_of(net, case).maps({"best": found.method})["best"])
+        assert peak[2] == 9
+    without = choose(net, lines, settings=SETTINGS.model_copy(update={"highest": 0.0}), scans=12)
+    assert without.recommended is None
+    assert all("highest" not in one for record in without.records for one in record["methods"].values())
+
+
+@pytest.mark.parametrize(("share", "number"), [(0.01, 138), (0.02, 200)])  # no more than 200 are above 0
+def test_what_is_highest_is_taken_out_by_hand_too(scans, share, number):
+    from volsal.audit.faithfulness import removed
+
+    subject = subject_of(explainer(planted.Level()), scans("line")[0])  # to which every voxel counts
+    values = np.random.default_rng(0).permutation(24**3).reshape(24, 24, 24) - 24.0**3 + 201
+    chosen = values > 200 - number
+    assert chosen.sum() == number
+    changed = subject.volume.clone()
+    changed[0, 0][chosen] = removed(subject.volume, "blur", subject.grid, 12.0)[0, 0][chosen]
+    by_hand = float(subject.score(subject.volume)[0] - subject.score(changed)[0])
+    trial = Probe(subject, 10.0, 9).of_highest(values, share)
+    assert trial.effect == pytest.approx(by_hand, rel=1e-4)
+    assert tuple(trial.voxel) == np.unravel_index(values.argmax(), values.shape)
+    assert len(trial.controls) == 9
+    assert np.array_equal(Probe(subject, 10.0, 9).of_highest(values, share).controls, trial.controls)
+
+
+def test_a_map_that_is_equally_high_everywhere_or_has_no_room_elsewhere_has_no_highest_part(scans):
+    probe = Probe(subject_of(explainer(planted.Plane()), scans("line")[0]), 10.0, 9)
+    assert isinstance(probe.of_highest(-np.ones((24, 24, 24)), 0.02), Undefined)
+    assert "equally high" in probe.of_highest(np.ones((24, 24, 24)), 0.02).reason
+    body = np.where(probe.subject.body.mask, np.random.default_rng(0).random((24, 24, 24)), 0)
+    assert "no room" in probe.of_highest(body, probe.subject.body.mask.mean() * 0.9).reason
+
+
+def test_what_is_highest_elsewhere_lies_as_much_in_the_body_and_leaves_its_place(scans, monkeypatch):
+    subject = subject_of(explainer(planted.Plane()), scans("line")[0])
+    body = subject.body.mask
+    values = np.random.default_rng(0).random((24, 24, 24)) + body
+    taken = []
+    whole = Probe._without_all
+    monkeypatch.setattr(Probe, "_without_all", lambda self, voxels: taken.append(voxels) or whole(self, voxels))
+    trial = Probe(subject, 10.0, 9).of_highest(values, 0.02)
+    own, *others = taken
+    assert own.sum() == 276
+    assert len(others) == len(trial.controls) == 9
+    for other in others:
+        assert (other & body).sum() == (own & body).sum()
+        assert other.sum() == own.sum()
+        assert (other & own).sum() <= 0.25 * own.sum()
+
+
+class Texture(torch.nn.Module):
+    """Class 1 by how strong fine texture is anywhere: whatever is blurred in the head lowers its logit."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = torch.nn.Conv3d(1, 1, 1)
+        self.gain.weight.data.fill_(1.0)
+        self.gain.bias.data.fill_(0.0)
+        self.head = torch.nn.Linear(1, 2)
+        self.head.weight.data = torch.tensor([[-400.0], [400.0]])
+        self.head.bias.data.fill_(0.0)
+
+    def forward(self, x):
+        x = self.gain(x)
+        return self.head((x - torch.nn.functional.avg_pool3d(x, 3, 1, 1)).abs().mean((2, 3, 4)))
+
+
+def test_random_maps_in_the_head_are_not_trusted_where_all_of_the_head_counts(scans):
+    """What is highest in them is compared with as much of the head: beside the air all of it moves the score."""
+    net, cases = explainer(Texture()), scans("noise", 12)
+    for seed in range(6):
+        found = choose(net, cases, {"field": InTheHead(seed)}, FEW, scans=12)
+        assert found.recommended is None, seed
+        asked = [record["methods"]["field"].get("highest", {}) for record in found.records]
+        assert sum("effect" in one for one in asked) >= 6, "it was asked and had an answer"
+
+
 def record(case, answer, effect, largest, outputs=(0.0, 0.0), **further):
     trial = {"effect": effect, "control_largest": largest, "controls": 19, "beyond": effect}
     one = {"trial": trial, **further}
@@ -238,13 +333,83 @@ def test_the_rule_of_trust(count, moved, effect, verdict, why):
     assert why in found.words
 
 
+def spread(count, moved, change=1.0, largest=0.1, **stability):
+    """Records of a map whose peak does not move the score, and whose highest part does."""
+    found = records(count, 0)
+    for at, one in enumerate(found):
+        trial = {"effect": change if at < moved else 0.0, "control_largest": largest, "controls": 19}
+        one["methods"]["map"] |= {"highest": trial, "stability": stability}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("given", "way", "verdict", "why"),
+    [
+        ((10, 10), HIGHEST, TRUSTED, ""),
+        ((10, 5), HIGHEST, TRUSTED, ""),
+        ((10, 4), PEAK, UNTRUSTED, "less than 50%"),
+        ((10, 10, 0.51), HIGHEST, TRUSTED, ""),
+        ((10, 10, 0.51, 0.33), HIGHEST, TRUSTED, ""),
+        ((10, 10, 0.51, 0.35), PEAK, UNTRUSTED, "Nor can all that is highest in it: that is less than 50%"),
+        (
+            (10, 10, 0.49),
+            PEAK,
+            UNTRUSTED,
+            "Nor can all that is highest in it: the score moves by 0.49, less than 0.5 in",
+        ),
+        ((4, 4), PEAK, UNDECIDED, "fewer than 5"),
+    ],
+)
+def test_the_rule_of_trust_in_what_is_highest(given, way, verdict, why):
+    (found,) = judge(spread(*given), AuditSection())
+    assert (found.way, found.verdict) == (way, verdict)
+    assert why in found.words
+    (without,) = judge(spread(*given), AuditSection(highest=0))
+    assert (without.way, without.verdict == TRUSTED) == (PEAK, False)
+
+
+def test_what_is_highest_is_asked_of_log_odds_only_and_where_the_peak_says_nothing():
+    (found,) = judge([one | {"log_odds": False} for one in spread(10, 10, 100.0)], AuditSection())
+    assert (found.way, found.verdict) == (PEAK, UNTRUSTED)
+    both = spread(10, 10)
+    for one in both:
+        one["methods"]["map"]["trial"]["effect"] = 1.0
+    (found,) = judge(both, AuditSection())
+    assert (found.way, found.verdict) == (PEAK, TRUSTED)
+
+
+def test_what_is_highest_must_stay_under_harmless_changes_where_the_peak_need_not():
+    (found,) = judge(spread(10, 10, kept=0.0, overlap=0.5), AuditSection())
+    assert (found.way, found.verdict, found.stable) == (HIGHEST, TRUSTED, 0.5)
+    (found,) = judge(spread(10, 10, kept=1.0, overlap=0.49), AuditSection())
+    assert found.verdict == UNTRUSTED
+
+
+def test_scans_in_which_what_is_highest_was_not_asked_about_do_not_count_against_it():
+    some = spread(12, 6)
+    for one in some[6:]:
+        del one["methods"]["map"]["highest"]
+    (found,) = judge(some, AuditSection())
+    assert (found.way, found.verdict, found.moved, found.scans, found.undefined) == (HIGHEST, TRUSTED, 6, 6, 0)
+    for one in some[6:]:
+        one["methods"]["map"]["highest"] = {"undefined": "what is highest has no room elsewhere"}
+    (found,) = judge(some, AuditSection())
+    assert (found.way, found.verdict, found.moved, found.scans, found.undefined) == (HIGHEST, TRUSTED, 6, 12, 6)
+
+
+def test_both_ways_of_asking_count_as_tests():
+    (one,) = judge(records(10, 10), AuditSection(highest=0))
+    (two,) = judge(records(10, 10), AuditSection())
+    assert (one.p_value, two.p_value) == pytest.approx((20.0**-10, 2 * 20.0**-10))
+
+
 def test_several_scans_of_a_patient_are_no_more_patients():
     def of(number):
         return {f"c{i}": f"p{i % number}" for i in range(10)}
 
     (alone,), (six,) = (judge(records(10, 10), AuditSection(), patients=one) for one in (None, of(6)))
     assert (alone.verdict, six.verdict) == (TRUSTED, TRUSTED)
-    assert (alone.p_value, six.p_value) == pytest.approx((20.0**-10, 20.0**-6))
+    assert (alone.p_value, six.p_value) == pytest.approx((2 * 20.0**-10, 2 * 20.0**-6))  # two ways of asking
     assert (alone.scans, six.scans) == (10, 10)
     (few,) = judge(records(10, 10), AuditSection(), patients=of(4))
     assert (few.verdict, few.why) == (UNDECIDED, ("there are 4 patients with this answer, fewer than 5",))

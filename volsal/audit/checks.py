@@ -4,8 +4,8 @@
 
 ``sanity``     how alike the map is, in the body, to that of random weights, by measure
                (:class:`volsal.audit.similarity.Similarity`)
-``stability``  ``kept``: the share of harmlessly changed copies in which the peak stays; ``copies``; ``by``: by change
-               how alike the maps are
+``stability``  ``kept``: the share of harmlessly changed copies in which the peak stays; ``overlap``: top Dice with
+               their maps, mean; ``copies``; ``by``: by change how alike the maps are
 
 and :func:`check`, over the whole field, since evidence may lie anywhere,
 
@@ -128,10 +128,16 @@ def _stability(subject: Subject, method: Method, settings: AuditSection) -> dict
 
     changes = _nuisances(subject, settings)
     found = stability(explain, subject.answer_to, subject.volume, subject.grid, changes)
-    moved = [one.peak_mm for each in found for one in each.similarities]
-    stays = [not isinstance(mm, Undefined) and mm <= settings.radius_mm for mm in moved]
-    kept = float(np.mean(stays)) if stays else plain(Undefined("the model's answer changed under every change"))
-    return {"kept": kept, "copies": len(moved), "by": {one.nuisance: alike(_first(one)) for one in found}}
+    copies = [one for each in found for one in each.similarities]
+    stays = [not isinstance(one.peak_mm, Undefined) and one.peak_mm <= settings.radius_mm for one in copies]
+    overlaps = [0.0 if isinstance(one.top_dice, Undefined) else one.top_dice for one in copies]
+    none = plain(Undefined("the model's answer changed under every change"))
+    return {
+        "kept": float(np.mean(stays)) if copies else none,
+        "overlap": float(np.mean(overlaps)) if copies else none,
+        "copies": len(copies),
+        "by": {one.nuisance: alike(_first(one)) for one in found},
+    }
 
 
 def _first(one: Stability) -> Similarity | Undefined:

@@ -1,16 +1,15 @@
 """Which map to believe, measured on the user's own model and scans, without masks.
 
 Every candidate, a method at a layer, is asked where the evidence lies in each of a sample of scans.  There a small
-ball is taken out of the scan: the better a map, the more the score moves.  What is trusted at all is in
-:mod:`volsal.audit.trust`.
+ball is taken out of the scan: the better a map, the more the score moves.  Where no map's peak is trusted, all that
+each map holds highest is taken out at once.  What is trusted at all is in :mod:`volsal.audit.trust`.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -34,13 +33,13 @@ from volsal.attribution import (
 )
 from volsal.attribution.settings import SettingError
 from volsal.audit.checks import deepen
-from volsal.audit.examine import examine
+from volsal.audit.examine import examine, widen
 from volsal.audit.metric import Undefined
 from volsal.audit.patients import patients_of
 from volsal.audit.probe import Probe, peak_of
 from volsal.audit.sanity import parameterised, randomised
-from volsal.audit.subject import subject_of
-from volsal.audit.trust import TRUSTED, UNDECIDED, Trust, answers_alike, judge, scaled, spreads
+from volsal.audit.subject import Subject, subject_of
+from volsal.audit.trust import HIGHEST, PEAK, TRUSTED, UNDECIDED, Trust, answers_alike, judge, scaled, spreads
 from volsal.choices import method_names
 from volsal.config import AuditSection
 from volsal.errors import VolsalError
@@ -55,6 +54,8 @@ _EARLIER = 3
 _FINALISTS = 4
 _RUN_OFF = 36
 _PATH_STEPS = 16
+# Of the minutes so much goes to the scans that all candidates are asked about.
+_FIRST_LOOK = 0.7
 # A peak is as good as the best where the score moves by this share of what it moves there.
 _DECISIVE = 0.5
 
@@ -66,8 +67,8 @@ class Scored:
     Attributes
     ----------
     method : its name
-    score : in which share of the scans with a trusted answer the score moves at its peak by at least half of what it
-        moves at the best candidate's; undefined where no candidate moves it
+    score : in which share of the scans with a trusted answer the score moves, at its peak or without what it holds
+        highest, by at least half of what it moves at the best candidate's; undefined where no candidate moves it
     strength : how much it moves there, as a share of what it moves at the best candidate's, mean over these scans; of
         equal scores the stronger is the better
     trust : its case for each answer of the model
@@ -107,6 +108,12 @@ class Choice:
     seconds: float
     tried: dict[str, Method]
     records: tuple[dict[str, Any], ...]
+
+    @property
+    def by_peak(self) -> bool:
+        """Whether the map that is recommended is trusted for its peaks."""
+        trusted = [one for one in self.candidates[0].trust if one.verdict == TRUSTED]
+        return self.recommended is not None and any(one.way == PEAK for one in trusted)
 
     @property
     def words(self) -> list[str]:
@@ -230,100 +237,144 @@ def choose(
         Where no scan can be used.
     """
     settings = settings or AuditSection.model_validate({})
-    clock = time.monotonic()
-    records: list[dict[str, Any]] = []
-    used: list[Case] = []
-    skipped: dict[str, str] = {}
     chosen = sampled(cases, scans)
-    for number, case in enumerate(chosen):
-        if minutes is not None and records and time.monotonic() - clock > 60 * minutes * 0.7:
-            break
-        try:
-            subject = subject_of(explainer, case, **reading)
-        except VolsalError as error:
-            skipped[case.id] = str(error)
-            continue
-        if candidates is None:
-            own = dict(zip(explainer.names, explainer.methods, strict=True))
-            candidates = candidates_of(subject.model, explainer.at_once(subject.volume), own)
-        records.append(examine(subject, candidates, settings, seed=number, regions=False))
-        used.append(case)
-        if progress:
-            progress("scans", number + 1, len(chosen))
-    if not records or candidates is None:
+    trial = _Trial(explainer, settings, minutes, reading, patients_of(cases))
+    skipped = trial.examine(chosen, candidates, progress)
+    if not trial.records:
         reasons = "; ".join(dict.fromkeys(skipped.values())) or "there are none"
         raise SettingError(f"none of {len(chosen)} scans can be used: {reasons}")
-    target = explainer.targets[0]
-    # Of the records as they are by then: checks are added to them.
-    by_rank = partial(rank, records, settings, target, patients=patients_of(cases))
-    ranked = by_rank()
-    checked: dict[str, Method] = {}
-    # Where all of the best fail, the next best are checked: nothing unchecked is recommended.
-    while not (ranked and ranked[0].method in checked):
-        new = [one.method for one in ranked if one.answers and one.method not in checked][:_FINALISTS]
-        if not new:
-            break
-        left = {name: candidates[name] for name in new}
-        _check(explainer, used, records, left, settings, clock, minutes, reading)
-        checked |= left
-        ranked = by_rank()
-    finalists = {one.method: checked[one.method] for one in ranked if one.answers and one.method in checked}
-    if finalists:
+    ranked = trial.ranked()
+    if any(one.answers for one in ranked):
         others = sampled(cases, scans + _RUN_OFF)[len(chosen) :] if len(chosen) == scans else []
-        further = _run_off(explainer, others, finalists, settings, clock, minutes, reading)
-        ranked = by_rank(further)
-        ranked.sort(key=lambda one: (not one.answers, one.method not in checked))
-    best = ranked[0].method if ranked and ranked[0].answers else None
-    method = candidates[best] if best else None
-    seconds = time.monotonic() - clock
-    return Choice(best, method, tuple(ranked), len(records), skipped, seconds, dict(candidates), tuple(records))
+        ranked = trial.run_off(others, ranked)
+    elif trial.may_widen(ranked):
+        trial.widen(progress)
+        ranked = trial.ranked()
+    best = ranked[0].method if ranked[0].answers else None
+    method = trial.candidates[best] if best else None
+    seconds = time.monotonic() - trial.clock
+    return Choice(
+        best, method, tuple(ranked), len(trial.records), skipped, seconds, trial.candidates, tuple(trial.records)
+    )
 
 
-def twin_of(model: nn.Module, volume: Tensor) -> nn.Module:
-    """The model with random weights, whose batch normalisation is fitted to ``volume`` and its mirror image."""
-    layers = parameterised(model, volume)
-    # One volume alone cannot be normalised where nothing but its channels is left of it.
-    return randomised(model, layers, inputs=torch.cat([volume, volume.flip(2)]))
+@dataclass(eq=False)
+class _Trial:
+    """Candidates on scans, one question after another, until the minutes are over.
 
+    Attributes
+    ----------
+    used, records : the scans, and what was found of each; checks are added to it
+    candidates : by name
+    checked : those of them that were put to the sanity and stability checks
+    """
 
-def _check(
-    explainer: Explainer,
-    used: Sequence[Case],
-    records: list[dict[str, Any]],
-    finalists: Mapping[str, Method],
-    settings: AuditSection,
-    clock: float,
-    minutes: float | None,
-    reading: Mapping[str, Any],
-) -> None:
-    """Sanity and stability of the finalists, on some of the scans."""
-    twin = None
-    for case, record in list(zip(used, records, strict=True))[: settings.checked]:
-        if minutes is not None and time.monotonic() - clock > 60 * minutes:
-            break
-        subject = subject_of(explainer, case, **reading)
-        twin = twin or twin_of(subject.model, explainer.at_once(subject.volume))
-        deepen(record["methods"], subject, finalists, twin, settings)
+    explainer: Explainer
+    settings: AuditSection
+    minutes: float | None
+    reading: Mapping[str, Any]
+    patients: Mapping[str, str]
+    used: list[Case] = field(default_factory=list)
+    records: list[dict[str, Any]] = field(default_factory=list)
+    candidates: dict[str, Method] = field(default_factory=dict)
+    checked: set[str] = field(default_factory=set)
+    clock: float = field(default_factory=time.monotonic)
 
+    def is_over(self, share: float = 1.0) -> bool:
+        """Whether that share of the minutes has gone."""
+        return self.minutes is not None and time.monotonic() - self.clock > 60 * self.minutes * share
 
-def _run_off(
-    explainer: Explainer,
-    cases: Sequence[Case],
-    finalists: Mapping[str, Method],
-    settings: AuditSection,
-    clock: float,
-    minutes: float | None,
-    reading: Mapping[str, Any],
-) -> list[dict[str, Any]]:
-    """What the score loses at the finalists' peaks in further scans, without balls elsewhere, which cost the most."""
-    found: list[dict[str, Any]] = []
-    for case in cases:
-        if minutes is not None and time.monotonic() - clock > 60 * minutes:
-            break
-        try:
-            subject = subject_of(explainer, case, **reading)
-        except VolsalError:
-            continue  # it is not needed
+    def subject(self, case: Case) -> Subject:
+        return subject_of(self.explainer, case, **self.reading)
+
+    def examine(
+        self,
+        cases: Sequence[Case],
+        candidates: Mapping[str, Method] | None,
+        progress: Callable[[str, int, int], None] | None,
+    ) -> dict[str, str]:
+        """Ask all candidates, None: the usual ones, about each scan; why others cannot be used, by case."""
+        skipped: dict[str, str] = {}
+        self.candidates = dict(candidates or {})
+        for number, case in enumerate(cases):
+            if self.records and self.is_over(_FIRST_LOOK):
+                break
+            try:
+                subject = self.subject(case)
+            except VolsalError as error:
+                skipped[case.id] = str(error)
+                continue
+            if candidates is None and not self.records:
+                own = dict(zip(self.explainer.names, self.explainer.methods, strict=True))
+                self.candidates = candidates_of(subject.model, self.explainer.at_once(subject.volume), own)
+            self.records.append(examine(subject, self.candidates, self.settings, seed=number, regions=False))
+            self.used.append(case)
+            if progress:
+                progress("scans", number + 1, len(cases))
+        return skipped
+
+    def ranked(self) -> list[Scored]:
+        """By what was found; where all of the best fail their checks the next best are checked."""
+        while True:
+            ranked = self._rank()
+            new = [one.method for one in ranked if one.answers and one.method not in self.checked][:_FINALISTS]
+            if ranked[0].method in self.checked or not new:
+                return self._checked_first(ranked)
+            self._check({name: self.candidates[name] for name in new})
+
+    def _rank(self, further: Sequence[dict[str, Any]] = ()) -> list[Scored]:
+        return rank(self.records, self.settings, self.explainer.targets[0], further, self.patients)
+
+    def _checked_first(self, ranked: list[Scored]) -> list[Scored]:
+        """Nothing unchecked is recommended."""
+        return sorted(ranked, key=lambda one: (not one.answers, one.method not in self.checked))
+
+    def _check(self, finalists: Mapping[str, Method]) -> None:
+        """Sanity and stability of some candidates, on some of the scans."""
+        twin = None
+        for case, record in list(zip(self.used, self.records, strict=True))[: self.settings.checked]:
+            if self.is_over():
+                break
+            subject = self.subject(case)
+            twin = twin or twin_of(subject.model, self.explainer.at_once(subject.volume))
+            deepen(record["methods"], subject, finalists, twin, self.settings)
+        self.checked.update(finalists)
+
+    def may_widen(self, ranked: Sequence[Scored]) -> bool:
+        """Whether anything could come of :meth:`widen`: log odds that differ, and enough patients with some answer."""
+        enough = any(trust.verdict != UNDECIDED for one in ranked for trust in one.trust)
+        log_odds = self.records[0]["log_odds"] and not answers_alike(self.records, self.settings)
+        return bool(self.settings.highest and enough and log_odds)
+
+    def widen(self, progress: Callable[[str, int, int], None] | None = None) -> None:
+        """What the score loses without all that each candidate holds highest."""
+        for number, (case, record) in enumerate(zip(self.used, self.records, strict=True)):
+            if self.is_over():
+                break
+            widen(record["methods"], self.subject(case), self.candidates, self.settings, seed=number)
+            if progress:
+                progress("highest", number + 1, len(self.used))
+
+    def run_off(self, cases: Sequence[Case], ranked: Sequence[Scored]) -> list[Scored]:
+        """Rank by what the score loses at the finalists' peaks in further scans too.
+
+        Without balls elsewhere, which cost the most.
+        """
+        names = [one.method for one in ranked if one.answers and one.method in self.checked]
+        finalists = {name: self.candidates[name] for name in names}
+        further: list[dict[str, Any]] = []
+        for case in cases:
+            if self.is_over() or not finalists:
+                break
+            try:
+                subject = self.subject(case)
+            except VolsalError:
+                continue  # it is not needed
+            further.append(self._at_peaks(subject, finalists))
+        return self._checked_first(self._rank(further))
+
+    def _at_peaks(self, subject: Subject, finalists: Mapping[str, Method]) -> dict[str, Any]:
+        settings = self.settings
         probe = Probe(subject, settings.radius_mm, settings.controls, settings.blur_mm)
         methods: dict[str, Any] = {}
         for name, values in subject.maps(finalists).items():
@@ -333,10 +384,14 @@ def _run_off(
             else:
                 methods[name] = {"trial": {"effect": float(probe.effects(peak[None])[0])}}
         outputs, score = subject.says(subject.volume), float(subject.score(subject.volume)[0])
-        found.append(
-            {"case": subject.case, "answer": subject.answer, "outputs": outputs, "score": score, "methods": methods}
-        )
-    return found
+        return {"case": subject.case, "answer": subject.answer, "outputs": outputs, "score": score, "methods": methods}
+
+
+def twin_of(model: nn.Module, volume: Tensor) -> nn.Module:
+    """The model with random weights, whose batch normalisation is fitted to ``volume`` and its mirror image."""
+    layers = parameterised(model, volume)
+    # One volume alone cannot be normalised where nothing but its channels is left of it.
+    return randomised(model, layers, inputs=torch.cat([volume, volume.flip(2)]))
 
 
 def rank(
@@ -348,6 +403,8 @@ def rank(
 ) -> list[Scored]:
     """The methods of the records: first those that are trusted, by how often the score moves at their peaks.
 
+    Where none is trusted for its peak, by how often it moves without what they hold highest.
+
     ``further`` records, of some methods, count for that and not for trust.  How often, since within the evidence the
     ball's place decides how much.  ``patients``: case -> whose scan it is.
     """
@@ -356,22 +413,24 @@ def rank(
         trust.setdefault(one.method, []).append(one)
     everything = [*records, *further]
     spread = spreads(everything, target)
-    believed = {one.answer for each in trust.values() for one in each if one.verdict == TRUSTED}
+    trusted = [one for each in trust.values() for one in each if one.verdict == TRUSTED]
+    believed = {one.answer for one in trusted}
+    way = HIGHEST if trusted and all(one.way == HIGHEST for one in trusted) else PEAK
     counted = [r for r in everything if r["answer"] in believed] or everything
     if answers_alike(records, settings):
         counted = everything
-    table = np.array([[_moved_by(record, name, spread) for record in counted] for name in trust])
+    table = np.array([[_moved_by(record, name, spread, way) for record in counted] for name in trust])
     best = np.nanmax(table, axis=0)
     shares = table[:, best > 0] / best[best > 0]
     found = [_scored(name, share, trust[name]) for name, share in zip(trust, shares, strict=True)]
     return sorted(found, key=lambda one: (not one.answers, _below(one), -one.strength))
 
 
-def _moved_by(record: Mapping[str, Any], name: str, spread: Mapping[str, float]) -> float:
-    """By how much the score falls at a method's peak; NaN where the method was not asked."""
+def _moved_by(record: Mapping[str, Any], name: str, spread: Mapping[str, float], way: str) -> float:
+    """By how much the score falls where a method says; NaN where the method was not asked."""
     if name not in record["methods"]:
         return float("nan")
-    found = scaled(record, name, spread)
+    found = scaled(record, name, spread, way)
     return 0.0 if isinstance(found, Undefined) else max(found, 0.0)
 
 

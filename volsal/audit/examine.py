@@ -8,7 +8,8 @@ taken up.  A figure is a number, or ``{"undefined": why}``; all places are mm in
 ``body``                          ``sure``, ``said``, ``share`` of the field
 ``grid``                          of the model's input
 ``methods``                       by name: ``trial`` (see :func:`trial_of`) at the map's peak, ``where`` that is in
-                                  words, ``in_body``; ``suspects``: by region the trial at the map's highest place
+                                  words, ``in_body``; ``highest``: where it was asked for, the trial of all that the
+                                  map holds highest; ``suspects``: by region the trial at the map's highest place
                                   there; the claims of :func:`claims_of`; of some scans ``random weights``: the claims
                                   of the map of random weights, and what :mod:`volsal.audit.checks` adds; or
                                   ``undefined``: why the method has no map here
@@ -79,6 +80,7 @@ def examine(
     *,
     seed: int = 0,
     regions: bool = True,
+    highest: bool = False,
     twin: nn.Module | None = None,
 ) -> dict[str, Any]:
     """The figures of one scan as plain data; see the module's own words.
@@ -89,6 +91,7 @@ def examine(
     labels : (I, J, K) masks or label maps on the subject's grid, by name
     seed : of the places that balls are compared with
     regions : whether balls are also tried where no evidence should be, and reference maps put beside the methods'
+    highest : whether what a map holds highest is also taken out at once, of answers in log odds
     twin : the model with random weights, for the claims of its maps
     """
     clock = time.monotonic()
@@ -96,7 +99,10 @@ def examine(
     tried = regions_of(subject, settings) if regions else {}
     things = _things(subject, tried) if regions else {}
     places = Places({**tried, **things}, masks_of(labels or {}), labels or {}, settings.label_names)
-    found = {name: _of_map(values, probe, tried, places, settings) for name, values in subject.maps(methods).items()}
+    maps = subject.maps(methods)
+    found = {name: _of_map(values, probe, tried, places, settings) for name, values in maps.items()}
+    if highest:
+        _widen(found, maps, probe, settings)
     if twin is not None:
         for name, values in subject.maps(methods, model=twin, context=unmeasured(subject)).items():
             if "undefined" not in found[name]:
@@ -122,6 +128,30 @@ def examine(
         "references": {name: claims_of(values, subject, places, settings) for name, values in beside.items()},
         "seconds": round(time.monotonic() - clock, 3),
     }
+
+
+def widen(
+    found: dict[str, dict[str, Any]],
+    subject: Subject,
+    methods: Mapping[str, Method],
+    settings: AuditSection,
+    seed: int = 0,
+) -> None:
+    """Add ``highest`` of some methods; nothing where outputs are no log odds, whose unit is not known."""
+    probe = Probe(subject, settings.radius_mm, settings.controls, settings.blur_mm, seed)
+    _widen(found, subject.maps(methods), probe, settings)
+
+
+def _widen(
+    found: dict[str, dict[str, Any]],
+    maps: Mapping[str, NDArray | Undefined],
+    probe: Probe,
+    settings: AuditSection,
+) -> None:
+    for name, values in maps.items():
+        if settings.highest and probe.subject.log_odds and not isinstance(values, Undefined):
+            trial = probe.of_highest(values, settings.highest)
+            found[name]["highest"] = plain(trial) if isinstance(trial, Undefined) else trial_of(trial)
 
 
 def _things(subject: Subject, tried: Mapping[str, NDArray[np.bool_]]) -> dict[str, NDArray[np.bool_]]:

@@ -11,7 +11,7 @@ from volsal.audit.examine import RANDOM, REPORTED, figure
 from volsal.audit.faithfulness import CONTROLS, KINDS
 from volsal.audit.metric import Figure, Undefined
 from volsal.audit.statistics import summarise
-from volsal.audit.trust import scaled
+from volsal.audit.trust import HIGHEST, PEAK, scaled
 from volsal.audit.verdicts import Evidence, described
 
 Found = Mapping[str, Any]
@@ -45,8 +45,13 @@ class _Table:
 
     def of_effects(self) -> dict[str, Any]:
         """What the score does where the map points."""
-        effects = [scaled(record, self.name, self.evidence.spread) for record in self.evidence.records]
-        return {"effect at the peak, spreads": self._row(effects)}
+        ways = {"effect at the peak, spreads": PEAK}
+        if any(HIGHEST in one for one in self.each):
+            ways["effect of the highest part, spreads"] = HIGHEST
+        records, spread = self.evidence.records, self.evidence.spread
+        return {
+            words: self._row([scaled(one, self.name, spread, way) for one in records]) for words, way in ways.items()
+        }
 
     def of_places(self) -> dict[str, Any]:
         """Where the evidence lies."""
@@ -76,6 +81,7 @@ class _Table:
             "SSIM with random weights": self._row([_of_last(one) for one in self.each], unrelated),
             "top Dice with other outputs' maps": self._row([_of_outputs(one) for one in self.each]),
             "peak stays, share": self._row(self._at("stability", "kept")),
+            "highest hundredth stays, top Dice": self._row(self._at("stability", "overlap")),
         }
         if any("random labels" in one for one in self.each):
             found["SSIM with random labels"] = self._row(self._at("random labels", "ssim"), unrelated)

@@ -59,7 +59,7 @@ from volsal.audit.patients import patients_of
 from volsal.audit.standards import GROUPS, LIMITS, PLACE, SHORTCUTS, TRUST
 from volsal.audit.standards import described as parts_described
 from volsal.audit.subject import Subject, subject_of
-from volsal.audit.trust import TRUSTED, answers_alike, judge
+from volsal.audit.trust import PEAK, TRUSTED, Trust, answers_alike, judge
 from volsal.audit.verdicts import (
     Evidence,
     Suspicion,
@@ -210,7 +210,7 @@ class _Asked:
         explainer, settings = self.explainer, self.settings
         choice, best, methods = self._chosen()
         candidates = choice.tried if choice else methods
-        records, skipped = self._examined(methods, candidates)
+        records, skipped = self._examined(methods, candidates, choice is None or not choice.by_peak)
         if not records:
             raise SettingError(
                 f"no scan can be audited: {'; '.join(dict.fromkeys(skipped.values())) or 'there is none'}"
@@ -287,32 +287,37 @@ class _Asked:
     # ---- the scans
 
     def _examined(
-        self, methods: Mapping[str, Method], candidates: Mapping[str, Method]
+        self, methods: Mapping[str, Method], candidates: Mapping[str, Method], wide: bool
     ) -> tuple[list[dict[str, Any]], dict[str, str]]:
         """Each case's figures, from the run folder where it has them, and why others have none."""
         records: list[dict[str, Any]] = []
         skipped: dict[str, str] = {}
         for number, case in enumerate(self.cases):
             try:
-                records.append(self._record(number, methods, candidates))
+                records.append(self._record(number, methods, candidates, wide))
             except VolsalError as error:
                 skipped[case.id] = str(error)
             if self.progress:
                 self.progress("audit", number + 1, len(self.cases))
         return records, skipped
 
-    def _record(self, number: int, methods: Mapping[str, Method], candidates: Mapping[str, Method]) -> dict[str, Any]:
-        """One case's figures; they depend on no other case, but for where two scans' maps are compared."""
+    def _record(
+        self, number: int, methods: Mapping[str, Method], candidates: Mapping[str, Method], wide: bool
+    ) -> dict[str, Any]:
+        """One case's figures; they depend on no other case, but for where two scans' maps are compared.
+
+        ``wide``: what is highest is taken out at once too, where no map's peak is known to be trusted.
+        """
         case, settings = self.cases[number], self.settings
         deep = number < settings.checked
-        key = self._key(number, methods, candidates if deep else {})
+        key = self._key(number, methods, candidates if deep else {}, wide)
         record = _kept(self.place.of(case.id), key)
         if record is not None:
             return record
         subject = subject_of(self.explainer, case, **self.reading)
         asked = deep or bool(case.masks)
         twin = twin_of(subject.model, self.explainer.at_once(subject.volume)) if asked else None
-        record = examine(subject, methods, settings, _labels(case, subject), seed=number, twin=twin)
+        record = examine(subject, methods, settings, _labels(case, subject), seed=number, highest=wide, twin=twin)
         if deep and twin is not None:
             found = record["methods"]
             deepen(found, subject, methods, twin, settings)
@@ -362,11 +367,14 @@ class _Asked:
         own = sorted((kind for kind in kinds if kind.__module__.partition(".")[0] not in _LIBRARIES), key=repr)
         return [repr(self.explainer.model), *map(_source_of, own)]
 
-    def _key(self, number: int, methods: Mapping[str, Method], candidates: Mapping[str, Method]) -> str:
+    def _key(
+        self, number: int, methods: Mapping[str, Method], candidates: Mapping[str, Method], wide: bool = False
+    ) -> str:
         """Of all that a case's figures depend on; thresholds of the verdicts are no part of it."""
         explainer, settings, deep = self.explainer, self.settings, number < self.settings.checked
         asked = (
-            "radius_mm", "blur_mm", "controls", "tolerance_mm", "body_margin_mm", "border_mm", "mirror", "label_names",
+            "radius_mm", "blur_mm", "controls", "highest", "tolerance_mm", "body_margin_mm", "border_mm", "mirror",
+            "label_names",
         )  # fmt: skip
         content = {
             "version": VERSION,
@@ -379,6 +387,7 @@ class _Asked:
             "classes": explainer.classes,
             "windows": repr(explainer.windows),
             "settings": {name: getattr(settings, name) for name in asked},
+            "wide": wide,
             "candidates": {name: repr(method) for name, method in candidates.items()},
             "random_labels": weights_digest(self.shuffled) if self.shuffled is not None and deep else None,
             "seed": number,
@@ -418,9 +427,10 @@ def _of_model(records: Sequence[Mapping[str, Any]], settings: AuditSection) -> l
 
 def _of_choice(choice: Choice, settings: AuditSection) -> Verdict:
     rule = (
-        "of the maps that are trusted by the rule below the one at whose peaks the score most often moves by at least "
-        "half of what it moves at the best map's (of equals: moves more), chosen without masks on "
-        f"{choice.scans} scans, and of the best few on others too; {trust_rule(settings)}"
+        "of the maps that are trusted by the rule below the one at whose peaks (or, where none is trusted, without "
+        "whose highest part) the score most often moves by at least half of what it moves by the best map (of equals: "
+        f"moves more), chosen without masks on {choice.scans} scans, and of the best few peaks on others too; "
+        f"{trust_rule(settings)}"
     )
     scores = {one.method: figure_or_none(one.score) for one in choice.candidates}
     return Verdict("recommended map", choice.recommended or "none", rule, ". ".join(choice.words), {"scores": scores})
@@ -431,9 +441,13 @@ def figure_or_none(value: Figure) -> float | None:
     return value if isinstance(value, float) else None
 
 
-def _strongest(trust: Sequence[Any], names: Sequence[str]) -> str:
+def _strongest(trust: Sequence[Trust], names: Sequence[str]) -> str:
     """The method that says where to look, where none was chosen: a trusted one, by the scans whose score moves."""
-    return max(names, key=lambda name: max((o.verdict == TRUSTED, o.moved) for o in trust if o.method == name))
+
+    def sure(one: Trust) -> tuple[bool, bool, int]:
+        return one.verdict == TRUSTED, one.way == PEAK, one.moved
+
+    return max(names, key=lambda name: max(sure(one) for one in trust if one.method == name))
 
 
 def _labels(case: Case, subject: Subject) -> dict[str, Any]:

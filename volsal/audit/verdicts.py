@@ -67,6 +67,15 @@ def trust_rule(settings: AuditSection) -> str:
         f"{settings.min_effect_other:g} of the spread), where "
         f"random weights do not draw the same map (top Dice at most {settings.max_alike:g}) and the peak stays under "
         f"{settings.min_stable:.0%} of harmless changes or more"
+        + (
+            f"; or where, of log odds, the same is true without all that is highest in the map, {settings.highest:.2g} "
+            "of the field at most, beside what is highest in the map moved elsewhere, by "
+            f"{settings.min_times_highest:g} times the largest of these and {settings.min_change_highest:g} or more, "
+            "and its highest hundredth overlaps with what it is under harmless changes (top Dice "
+            f"{settings.min_stable:g} or more)"
+            if settings.highest
+            else ""
+        )
     )
 
 
@@ -84,7 +93,7 @@ def of_trust(
         verdict = next((kind for kind in (TRUSTED, UNTRUSTED, UNDECIDED) if kind in kinds), UNDECIDED)
         figures = {
             one.answer: {
-                "verdict": one.verdict, "scans": one.scans, "moved": one.moved,
+                "verdict": one.verdict, "way": one.way, "scans": one.scans, "moved": one.moved,
                 "patients": one.patients, "moved_patients": one.moved_patients, "p_value": _plain(one.p_value),
                 "effect": described(one.effect), "change": _plain(one.change), "alike": _plain(one.alike),
                 "stable": _plain(one.stable),
