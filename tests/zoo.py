@@ -368,8 +368,13 @@ def method_of(name: str, shape: tuple[int, ...]) -> Method:
     return METHODS[name](**settings.get(name, {}))
 
 
+ROUNDING = "the map is 0 but for rounding: in double precision it is a millionth of what it is in single"
+
+
 def contract(method: Method, family: Family, precision: str, batch: int) -> str:
     """Hold one method to what every method promises, on one family: "" where it does, or the words of its refusal.
+
+    Or :data:`ROUNDING`, where the map is 0 but for rounding, which cannot be the same twice.
 
     Raises
     ------
@@ -407,6 +412,8 @@ def contract(method: Method, family: Family, precision: str, batch: int) -> str:
         fine = torch.float64 if precision == "fp32" and volume.dtype == torch.float32 else torch.float32
         finer, x = family.model().to(fine), volume.to(fine)
         exact = torch.cat([explained(one[None], finer, False) for one in x])
+        if fine == torch.float64 and float(exact.abs().max()) < 1e-6 * float(alone.abs().max()):
+            return ROUNDING
         if fine == torch.float64:
             off, allowed = _apart(explained(x, finer, False), exact), 1e-3
         else:

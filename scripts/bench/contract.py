@@ -5,7 +5,8 @@
 
 A cell is "ok" where the maps are finite and of the right shape, the same alone and in a batch, the same when asked for
 twice, and the model, the volume and the random state are as before; a letter where volsal refuses, in words that stand
-below the table; and "RED" where a promise is broken or anything but a refusal is raised, which makes the exit status 1.
+below the table, or where the map is 0 but for rounding; and "RED" where a promise is broken or anything but a refusal
+is raised, which makes the exit status 1.
 The networks are those of `tests/zoo.py`.
 """
 
@@ -22,7 +23,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
-from zoo import EVERY, PRECISIONS, contract, method_of
+from zoo import EVERY, PRECISIONS, ROUNDING, contract, method_of
 
 from volsal import METHODS
 
@@ -61,10 +62,11 @@ def main() -> int:
                 for batch in options.batches:
                     found = cell(method, family, precision, batch)
                     kind = "RED" if found.startswith("RED") else "refused" if found else "ok"
+                    kind = "rounding alone" if found == ROUNDING else kind
                     counts[kind] += 1
                     if kind == "RED":
                         red.append(f"{family}, {method}, {precision}, batch {batch}: {found[4:]}")
-                    if kind == "refused":
+                    if kind in ("refused", "rounding alone"):
                         # One sentence, whatever layers and operations it names.
                         said = re.sub(r"layer '[^']*'|\d+|of this model: [^(]*", "...", found)
                         letter = chr(97 + len(refusals) % 26) * (1 + len(refusals) // 26)
@@ -77,7 +79,7 @@ def main() -> int:
         print(f"{letter:>3}  {said}")
     for line in red:
         print(f"RED  {line}")
-    cells = ", ".join(f"{counts[kind]} {kind}" for kind in ("ok", "refused", "RED"))
+    cells = ", ".join(f"{counts[kind]} {kind}" for kind in ("ok", "refused", "rounding alone", "RED"))
     print(
         f"\n{sum(counts.values())} cells ({len(options.precisions)} precisions x batches of "
         f"{' and '.join(map(str, options.batches))}): {cells}; {time.perf_counter() - start:.0f} s"

@@ -68,6 +68,7 @@ def test_a_sound_model_keeps_every_promise_and_stays_as_it_was(scan):
     }
     for method in METHODS:
         assert ("same map alone and in a batch", method) in kept
+        assert ("more than rounding", method) in kept
         assert ("same map from a folded copy", method) in kept
     for method in ("integrated-gradients", "deep-lift"):
         assert {("adds up to the score's change", method), ("sensitivity(a)", method)} <= kept
@@ -119,6 +120,16 @@ def test_a_layer_that_mixes_the_batch(kind, scan):
     report = check_model(Explainer(net, methods="grad-cam", targets=1), scan)
     assert {("output the same alone and in a batch", "model")} <= failing(report)
     assert ("same output again", "model") in verdicts(report, "ok")
+
+
+def test_a_map_that_is_rounding_alone(scan):
+    """A normalised channel's mean is what its bias says, whatever the scan: no voxel moves it."""
+    net = Net(nn.InstanceNorm3d(4, affine=True))
+    explainer = Explainer(net, methods=["input-gradient", "guided-backprop"], targets=1)
+    asked = {check.of: check for check in check_model(explainer, scan).checks if check.name == "more than rounding"}
+    for method in ("input-gradient", "guided-backprop"):
+        assert asked[method].verdict == "fails", asked[method]
+        assert float(explainer.methods[0](net, scan, explainer.targets[0]).abs().max()) > 0  # a picture it would be
 
 
 def test_weights_that_are_not_finite(scan):
@@ -207,9 +218,9 @@ def test_progress_goes_from_nothing_to_all_whatever_fails(hidden, scan):
     net = Net(Custom() if hidden else None)
     explainer = Explainer(net, methods=["guided-backprop", "grad-cam"], targets=1)
     report = check_model(explainer, scan, lambda *step: told.append(step))
-    assert {(what, of) for what, _, of in told} == {("checks", 5 + 2 * 7 + 2 + 3)}
+    assert {(what, of) for what, _, of in told} == {("checks", 5 + 2 * 8 + 2 + 3)}
     done = [number for _, number, _ in told]
-    assert (done[0], done[-1]) == (0, 24)
+    assert (done[0], done[-1]) == (0, 26)
     assert done == sorted(done)
     assert len(done) == len(report.checks) + 2
 
@@ -223,7 +234,7 @@ def test_passes_are_shared_and_long_methods_take_few_steps(scan):
     report = check_model(explainer, scan)
     assert report.sound, failing(report)
     model, layer, copy, survey = 3, 5, 2, 1
-    cam, noisy, masked = 4 * 1, 4 * (1 + 3), 4 * (1 + 8)
+    cam, noisy, masked = 5 * 1, 5 * (1 + 3), 5 * (1 + 8)
     gradient, export = 2, 2
     assert len(rows) <= model + layer + copy + survey + cam + noisy + masked + gradient + export
     said = {check.of: check.said for check in report.checks if check.name == "finite values"}

@@ -466,6 +466,14 @@ def _same_in_batch(subject: _Subject) -> _Found:
     return _Found(difference(alone, subject.first.maps), subject.limit, "difference, beside another volume")
 
 
+def _beyond_rounding(subject: _Subject) -> _Found:
+    """A gradient that is 0 by construction, as of a mean of what is normalised, is a picture of the roundings alone."""
+    bench = subject.bench
+    nudged = bench.volume * (1 + 2 * torch.finfo(bench.volume.dtype).eps)  # what was equal stays so
+    made = bench.maps(subject.method, nudged)
+    return _Found(difference(made.maps, subject.first.maps), subject.limit, "difference, of the scan rounded otherwise")
+
+
 def _unchanged_by_method(subject: _Subject) -> _Found:
     return _unchanged(subject.again[1])
 
@@ -517,6 +525,7 @@ _OF_METHOD: dict[str, Callable[[_Subject], _Found]] = {
     "finite values": _finite_map,
     "same map again": _same_map,
     "same map alone and in a batch": _same_in_batch,
+    "more than rounding": _beyond_rounding,
     "model unchanged": _unchanged_by_method,
     "same map from a folded copy": _same_folded,
     "adds up to the score's change": _adds_up,
