@@ -140,6 +140,18 @@ class Plane(nn.Module):
         return self.head(torch.relu(self.gain(x)).mean((1, 2, 3)))
 
 
+class Either(nn.Module):
+    """Class 1 by a lesion, as of `Bright`; class 0 by the bright plane of `Plane`."""
+
+    def __init__(self):
+        super().__init__()
+        self.lesion, self.plane = Bright(), Plane()
+        self.lesion.mean.bias.data.fill_(-2.2)  # brighter than the plane with what surrounds it
+
+    def forward(self, x):
+        return self.lesion(x) + self.plane(x).flip(1)
+
+
 def small_net(seed=0, norm=True):
     """Three strided convolutions and a mean, of random weights."""
     torch.manual_seed(seed)

@@ -179,6 +179,22 @@ def test_an_interrupted_audit_is_taken_up(honest, scans, monkeypatch):
     assert len(asked) == 2
 
 
+def test_a_case_is_examined_anew_where_other_answers_have_maps_with_trusted_peaks(scans, tmp_path, monkeypatch):
+    cases, settings = scans("line")[:1], SETTINGS.model_copy(update={"candidates": True, "checked": 0})
+    chosen = run._Asked._chosen
+    found = []
+    for by_peak in ((), ("class 1",), ("class 1",)):
+
+        def by(self, by_peak=by_peak):
+            choice, *others = chosen(self)
+            monkeypatch.setattr(type(choice), "by_peak", by_peak)
+            return choice, *others
+
+        monkeypatch.setattr(run._Asked, "_chosen", by)
+        found.append(audit(explainer(planted.Plane()), cases, settings, tmp_path).records[0]["methods"])
+    assert ["highest" in one["gradient-x-input"] for one in found] == [True, False, False]
+
+
 def test_another_model_of_the_same_weights_is_audited_anew(scans, tmp_path):
     cases, settings = scans("lesion")[:4], SETTINGS.model_copy(update={"checked": 0})
     net = planted.small_net(1)
@@ -302,7 +318,7 @@ def test_what_is_highest_is_asked_where_no_peak_is_trusted(scans):
     settings = SETTINGS.model_copy(update={"candidates": True, "controls": 19})
     spread = audit(explainer(planted.Plane(), methods="gradient-x-input"), scans("line"), settings)
     best = spread.choice.recommended
-    assert spread.choice.by_peak is False
+    assert spread.choice.by_peak == ()
     found = spread.verdict(f"trust: {best}")
     assert found.verdict == TRUSTED
     assert found.figures["class 1"]["way"] == "highest"
@@ -311,7 +327,10 @@ def test_what_is_highest_is_asked_where_no_peak_is_trusted(scans):
     assert "0.02 of the field at most" in found.rule
     assert spread.metrics[best]["effect of the highest part, spreads"]["value"] > 0
     # Where a peak is, it costs nothing.
-    pointed = audit(explainer(planted.Bright(), methods="gradient-x-input"), scans("lesion"), settings)
-    assert pointed.choice.by_peak
-    assert all("highest" not in one for record in pointed.records for one in record["methods"].values())
-    assert not any("highest part" in name for one in pointed.metrics.values() for name in one)
+    cases = [*scans("lesion")[::2], *scans("line")[::2]]
+    pointed = audit(explainer(planted.Either(), methods="gradient-x-input"), cases, settings)
+    assert pointed.choice.by_peak == ("class 1",)
+    assert {record["answer"] for record in pointed.records} == {"class 0", "class 1"}
+    for record in pointed.records:
+        asked = ["highest" in one for one in record["methods"].values()]
+        assert asked == [record["answer"] == "class 0"] * len(asked)

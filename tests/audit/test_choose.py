@@ -14,6 +14,7 @@ from volsal import GradCAM, GradientTimesInput, InputGradient
 from volsal.attribution import Context, HiResCAM, Method
 from volsal.attribution.settings import SettingError
 from volsal.audit.choose import NONE, TOO_FEW, candidates_of, choose, rank, sampled, twin_of
+from volsal.audit.examine import examine
 from volsal.audit.metric import Undefined
 from volsal.audit.probe import Probe, peak_of
 from volsal.audit.subject import answer_of, subject_of
@@ -230,7 +231,73 @@ def test_evidence_that_no_ball_holds_is_found_by_all_that_is_highest(scans):
         assert peak[2] == 9
     without = choose(net, lines, settings=SETTINGS.model_copy(update={"highest": 0.0}), scans=12)
     assert without.recommended is None
-    assert all("highest" not in one for record in without.records for one in record["methods"].values())
+    assert not any_highest(without)
+
+
+class LesionsAlone(Remade):
+    """A true map where a lesion is, and a random one of other scans."""
+
+    def remade(self, volume, values):
+        return values if volume.max() > 2.5 and values.max() > 5 else Shuffled.remade(self, volume, values)
+
+
+def test_a_map_that_is_right_for_one_answer_alone_does_not_pass_for_one_that_is_right_for_both(scans, monkeypatch):
+    net = explainer(planted.Either())
+    cases = [*scans("lesion")[::2], *(replace(case, label="0") for case in scans("line")[::2])]
+    methods = {"lesions": LesionsAlone(), "both": GradientTimesInput(), "none": Shuffled()}
+    found = choose(net, cases, methods, SETTINGS, scans=len(cases))
+    assert [one.method for one in found.candidates] == ["both", "lesions", "none"]
+    both, lesions, none = found.candidates
+    assert [(one.answer, one.way) for one in both.trust] == [("class 0", HIGHEST), ("class 1", PEAK)]
+    assert (both.answers, lesions.answers, none.answers) == (("class 0", "class 1"), ("class 1",), ())
+    assert (both.score, lesions.score) == (1, 0.5)
+    assert found.by_peak == ("class 1",)
+    for one in found.records:  # of the scans that no peak speaks of, what was found true of others
+        asked = [name for name, of in one["methods"].items() if "highest" in of]
+        assert asked == (["lesions", "both"] if one["answer"] == "class 0" else [])
+    # The run-off goes on in the same way: its scans count for both answers.
+    module = sys.modules["volsal.audit.choose"]
+    ranks = []
+    monkeypatch.setattr(module, "rank", lambda *given: ranks.append(given[3]) or rank(*given))
+    found = choose(net, cases, methods, SETTINGS, scans=len(cases) - 4)
+    assert [one.score for one in found.candidates[:2]] == [1, 0.5]
+    *_, further = ranks
+    assert len(further) == 4
+    assert all(set(one["methods"]["both"]) == {HIGHEST if one["answer"] == "class 0" else PEAK} for one in further)
+    assert all(one["methods"]["both"].popitem()[1]["effect"] > 1 for one in further)
+
+
+def any_highest(choice):
+    return any("highest" in one for record in choice.records for one in record["methods"].values())
+
+
+class Part(torch.nn.Module):
+    """What `Plane` says, but for the second output alone, or as faintly as a model that has learned nothing."""
+
+    def __init__(self, columns=slice(None), times=1.0):
+        super().__init__()
+        self.plane, self.columns, self.times = planted.Plane(), columns, times
+
+    def forward(self, x):
+        return self.times * self.plane(x)[:, self.columns]
+
+
+def test_nothing_is_taken_out_at_once_where_nothing_could_come_of_it(scans, monkeypatch):
+    lines, method = scans("line"), {"gxi": GradientTimesInput()}
+    assert any_highest(choose(explainer(Part()), lines, method, FEW))
+    read = []
+    monkeypatch.setattr(
+        sys.modules["volsal.audit.choose"], "subject_of", lambda *given: read.append(given) or subject_of(*given)
+    )
+    alike, no_log_odds = explainer(Part(times=1e-3)), explainer(Part(slice(1, 2)), "regression")
+    for asked in (alike, no_log_odds):
+        read.clear()
+        found = choose(asked, lines, method, FEW)
+        assert not any_highest(found)
+        assert found.recommended is None
+        assert len(read) == len(lines)
+    record = examine(subject_of(no_log_odds, lines[0]), method, FEW, regions=False, highest=True)
+    assert "highest" not in record["methods"]["gxi"]
 
 
 @pytest.mark.parametrize(("share", "number"), [(0.01, 138), (0.02, 200)])  # no more than 200 are above 0
@@ -274,6 +341,47 @@ def test_what_is_highest_elsewhere_lies_as_much_in_the_body_and_leaves_its_place
         assert (other & body).sum() == (own & body).sum()
         assert other.sum() == own.sum()
         assert (other & own).sum() <= 0.25 * own.sum()
+
+
+def blob():
+    """A map that is above 0 in a ball, and the higher the nearer to its middle."""
+    index = np.stack(np.meshgrid(*[np.arange(24.0)] * 3, indexing="ij"), -1)
+    ball = np.maximum(6 - np.linalg.norm(index - 11.5, axis=-1), 0)
+    return ball * (1 + 1e-6 * np.random.default_rng(0).random(ball.shape))  # no two are equal
+
+
+def plates():
+    """A map that is highest in two plates, one of which comes to lie where the other was; less high in a third."""
+    found = np.zeros((24, 24, 24))
+    for height, planes in ((2, [10]), (2, [13]), (1, [20, 21])):
+        found[6:18, 6:18, planes] = height
+    return found * (1 + 1e-6 * np.random.default_rng(0).random(found.shape))
+
+
+@pytest.mark.parametrize("values", [blob(), plates()], ids=["blob", "plates"])
+def test_what_is_highest_elsewhere_is_as_much_apart_and_changes_the_input_as_much(scans, monkeypatch, values):
+    probe = Probe(subject_of(explainer(planted.Plane()), scans("line")[0]), 10.0, 9)
+    taken, drawn = [], []
+
+    def by_change(self, sets):
+        """Of a score that falls by as much as the input is changed: by the very same, then, without any of them."""
+        return np.array([taken.append(one) or self._change_of(one) for one in sets])
+
+    monkeypatch.setattr(Probe, "without", by_change)
+    ways = Probe._ways
+    monkeypatch.setattr(Probe, "_ways", lambda *given: (drawn.append(one[1]) or one for one in ways(*given)))
+    trial = probe.of_highest(values, 0.02)
+    own, *others = taken
+    assert trial.controls == pytest.approx(trial.effect)
+    off = sorted(abs(change - trial.effect) for change in drawn)
+    assert sorted(abs(probe._change_of(one) - trial.effect) for one in others) == pytest.approx(off[:9])
+    assert len(drawn) == 27
+    assert off[-1] > off[8], "others would have changed it otherwise"
+    nearly = values >= np.sort(values, axis=None)[-2 * own.sum()]
+    for one in others:
+        assert one.sum() >= 0.5 * own.sum()
+        assert (one & own).sum() <= 0.25 * one.sum()
+        assert (one & nearly).sum() <= 0.5 * one.sum()
 
 
 class Texture(torch.nn.Module):
@@ -430,6 +538,7 @@ def test_the_choice_goes_by_patients_too(lesions):
     found = choose(explainer(planted.Bright()), cases, {"gxi": GradientTimesInput()}, SETTINGS, scans=9)
     assert found.recommended is None
     assert {one.verdict for each in found.candidates for one in each.trust} == {UNDECIDED}
+    assert not any_highest(found)  # nothing could come of it
 
 
 def test_the_best_map_is_the_one_at_whose_peaks_the_score_moves_most_often():
@@ -470,7 +579,8 @@ def test_further_scans_decide_between_the_best_and_not_about_trust():
 def test_a_run_off_takes_the_scans_that_are_left(lesions, monkeypatch):
     module, asked = sys.modules["volsal.audit.choose"], []
     monkeypatch.setattr(module, "subject_of", lambda explainer, case: asked.append(case) or subject_of(explainer, case))
-    found = choose(explainer(planted.Bright()), lesions, {"gxi": GradientTimesInput()}, SETTINGS, scans=9)
+    peaks = SETTINGS.model_copy(update={"highest": 0.0})
+    found = choose(explainer(planted.Bright()), lesions, {"gxi": GradientTimesInput()}, peaks, scans=9)
     first, checked, left = asked[:9], asked[9:-3], asked[-3:]
     assert (first, checked) == (sampled(lesions, 9), first[: SETTINGS.checked])
     assert first + left == sampled(lesions, 12)

@@ -1,15 +1,17 @@
 """Which map to believe, measured on the user's own model and scans, without masks.
 
 Every candidate, a method at a layer, is asked where the evidence lies in each of a sample of scans.  There a small
-ball is taken out of the scan: the better a map, the more the score moves.  Where no map's peak is trusted, all that
-each map holds highest is taken out at once.  What is trusted at all is in :mod:`volsal.audit.trust`.
+ball is taken out of the scan: the better a map, the more the score moves.  For answers of the model of which no map's
+peak is trusted, all that a map holds highest is taken out at once.  What is trusted at all is in
+:mod:`volsal.audit.trust`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -36,7 +38,7 @@ from volsal.audit.checks import deepen
 from volsal.audit.examine import examine, widen
 from volsal.audit.metric import Undefined
 from volsal.audit.patients import patients_of
-from volsal.audit.probe import Probe, peak_of
+from volsal.audit.probe import Probe, highest_of, peak_of
 from volsal.audit.sanity import parameterised, randomised
 from volsal.audit.subject import Subject, subject_of
 from volsal.audit.trust import HIGHEST, PEAK, TRUSTED, UNDECIDED, Trust, answers_alike, judge, scaled, spreads
@@ -110,10 +112,10 @@ class Choice:
     records: tuple[dict[str, Any], ...]
 
     @property
-    def by_peak(self) -> bool:
-        """Whether the map that is recommended is trusted for its peaks."""
-        trusted = [one for one in self.candidates[0].trust if one.verdict == TRUSTED]
-        return self.recommended is not None and any(one.way == PEAK for one in trusted)
+    def by_peak(self) -> tuple[str, ...]:
+        """The answers for which the map that is recommended is trusted for its peaks."""
+        best = self.candidates[0].trust if self.recommended else ()
+        return tuple(one.answer for one in best if (one.verdict, one.way) == (TRUSTED, PEAK))
 
     @property
     def words(self) -> list[str]:
@@ -244,12 +246,11 @@ def choose(
         reasons = "; ".join(dict.fromkeys(skipped.values())) or "there are none"
         raise SettingError(f"none of {len(chosen)} scans can be used: {reasons}")
     ranked = trial.ranked()
+    if trial.widen(ranked, progress):
+        ranked = trial.ranked()
     if any(one.answers for one in ranked):
         others = sampled(cases, scans + _RUN_OFF)[len(chosen) :] if len(chosen) == scans else []
         ranked = trial.run_off(others, ranked)
-    elif trial.may_widen(ranked):
-        trial.widen(progress)
-        ranked = trial.ranked()
     best = ranked[0].method if ranked[0].answers else None
     method = trial.candidates[best] if best else None
     seconds = time.monotonic() - trial.clock
@@ -340,26 +341,34 @@ class _Trial:
             deepen(record["methods"], subject, finalists, twin, self.settings)
         self.checked.update(finalists)
 
-    def may_widen(self, ranked: Sequence[Scored]) -> bool:
-        """Whether anything could come of :meth:`widen`: log odds that differ, and enough patients with some answer."""
-        enough = any(trust.verdict != UNDECIDED for one in ranked for trust in one.trust)
-        log_odds = self.records[0]["log_odds"] and not answers_alike(self.records, self.settings)
-        return bool(self.settings.highest and enough and log_odds)
+    def widen(self, ranked: Sequence[Scored], progress: Callable[[str, int, int], None] | None = None) -> bool:
+        """Whether anything was asked: what the score loses without all that a map holds highest.
 
-    def widen(self, progress: Callable[[str, int, int], None] | None = None) -> None:
-        """What the score loses without all that each candidate holds highest."""
-        for number, (case, record) in enumerate(zip(self.used, self.records, strict=True)):
+        In the scans with an answer for which no map is trusted, of the candidates that are trusted for another one; of
+        all of them where none is.
+        """
+        if not self.settings.highest or not self.records[0]["log_odds"] or answers_alike(self.records, self.settings):
+            return False
+        judged = [trust for one in ranked for trust in one.trust if trust.verdict != UNDECIDED]
+        silent = {trust.answer for trust in judged} - {answer for one in ranked for answer in one.answers}
+        trusted = [one.method for one in ranked if one.answers] or list(self.candidates)
+        methods = {name: self.candidates[name] for name in trusted}
+        pairs = zip(self.used, self.records, strict=True)
+        asked = [(at, *pair) for at, pair in enumerate(pairs) if pair[1]["answer"] in silent]
+        for done, (number, case, record) in enumerate(asked):
             if self.is_over():
                 break
-            widen(record["methods"], self.subject(case), self.candidates, self.settings, seed=number)
+            widen(record["methods"], self.subject(case), methods, self.settings, seed=number)
             if progress:
-                progress("highest", number + 1, len(self.used))
+                progress("highest", done + 1, len(asked))
+        return bool(asked)
 
     def run_off(self, cases: Sequence[Case], ranked: Sequence[Scored]) -> list[Scored]:
-        """Rank by what the score loses at the finalists' peaks in further scans too.
+        """Rank by what the score loses where the finalists point in further scans too.
 
-        Without balls elsewhere, which cost the most.
+        Without the same elsewhere, which costs the most.
         """
+        ways = _believed(chain.from_iterable(one.trust for one in ranked))
         names = [one.method for one in ranked if one.answers and one.method in self.checked]
         finalists = {name: self.candidates[name] for name in names}
         further: list[dict[str, Any]] = []
@@ -370,21 +379,34 @@ class _Trial:
                 subject = self.subject(case)
             except VolsalError:
                 continue  # it is not needed
-            further.append(self._at_peaks(subject, finalists))
+            if subject.answer in ways:
+                further.append(self._without(subject, finalists, ways[subject.answer]))
         return self._checked_first(self._rank(further))
 
-    def _at_peaks(self, subject: Subject, finalists: Mapping[str, Method]) -> dict[str, Any]:
+    def _without(self, subject: Subject, finalists: Mapping[str, Method], way: str) -> dict[str, Any]:
+        """The record of a scan, of which what each map points at is taken out in that way."""
         settings = self.settings
         probe = Probe(subject, settings.radius_mm, settings.controls, settings.blur_mm)
         methods: dict[str, Any] = {}
         for name, values in subject.maps(finalists).items():
-            peak = values if isinstance(values, Undefined) else peak_of(values)
-            if isinstance(peak, Undefined):
-                methods[name] = {"undefined": peak.reason}
-            else:
-                methods[name] = {"trial": {"effect": float(probe.effects(peak[None])[0])}}
+            lost = values if isinstance(values, Undefined) else _lost(probe, values, way, settings)
+            methods[name] = {"undefined": lost.reason} if isinstance(lost, Undefined) else {way: {"effect": lost}}
         outputs, score = subject.says(subject.volume), float(subject.score(subject.volume)[0])
         return {"case": subject.case, "answer": subject.answer, "outputs": outputs, "score": score, "methods": methods}
+
+
+def _lost(probe: Probe, values: NDArray, way: str, settings: AuditSection) -> float | Undefined:
+    """What the score loses without a ball at a map's peak, or all that is highest in it."""
+    if way == HIGHEST:
+        voxels = highest_of(values, settings.highest)
+        return voxels if isinstance(voxels, Undefined) else float(probe.without([voxels])[0])
+    peak = peak_of(values)
+    return peak if isinstance(peak, Undefined) else float(probe.effects(peak[None])[0])
+
+
+def _believed(trust: Iterable[Trust]) -> dict[str, str]:
+    """The answers for which some map is trusted, and in which way: the second is asked where none is in the first."""
+    return {one.answer: one.way for one in trust if one.verdict == TRUSTED}
 
 
 def twin_of(model: nn.Module, volume: Tensor) -> nn.Module:
@@ -403,7 +425,8 @@ def rank(
 ) -> list[Scored]:
     """The methods of the records: first those that are trusted, by how often the score moves at their peaks.
 
-    Where none is trusted for its peak, by how often it moves without what they hold highest.
+    In scans with an answer for which none is trusted for its peak, by how often it moves without what they hold
+    highest, if some are trusted for that.
 
     ``further`` records, of some methods, count for that and not for trust.  How often, since within the evidence the
     ball's place decides how much.  ``patients``: case -> whose scan it is.
@@ -413,13 +436,9 @@ def rank(
         trust.setdefault(one.method, []).append(one)
     everything = [*records, *further]
     spread = spreads(everything, target)
-    trusted = [one for each in trust.values() for one in each if one.verdict == TRUSTED]
-    believed = {one.answer for one in trusted}
-    way = HIGHEST if trusted and all(one.way == HIGHEST for one in trusted) else PEAK
-    counted = [r for r in everything if r["answer"] in believed] or everything
-    if answers_alike(records, settings):
-        counted = everything
-    table = np.array([[_moved_by(record, name, spread, way) for record in counted] for name in trust])
+    ways = _believed(chain.from_iterable(trust.values()))
+    counted = [r for r in everything if r["answer"] in ways] or everything
+    table = np.array([[_moved_by(r, name, spread, ways.get(r["answer"], PEAK)) for r in counted] for name in trust])
     best = np.nanmax(table, axis=0)
     shares = table[:, best > 0] / best[best > 0]
     found = [_scored(name, share, trust[name]) for name, share in zip(trust, shares, strict=True)]

@@ -7,7 +7,7 @@ is taken out with all that a map holds highest, and compared with what is highes
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -116,24 +116,25 @@ class Probe:
         They are compared with as many voxels in the body, and as many outside of it, where the map is highest once it
         is mirrored and moved so that few stay where they were.  Of many such sets those count that change the input
         about as much, and what the score loses by these is scaled to the very same change, for what stands out is
-        changed more.  Undefined where there are too few such places, or where many more voxels are equally high.
+        changed more.  Undefined where there are too few such places, or as for :func:`highest_of`.
         """
-        peak = peak_of(values)
-        if isinstance(peak, Undefined):
-            return peak
-        number = max(1, round(share * values.size))
-        chosen = _highest(values, number)
-        if np.count_nonzero(chosen) > _EQUALS * number:
-            return Undefined(f"the map is equally high at far more than {share:.2g} of the field")
+        chosen = highest_of(values, share)
+        if isinstance(chosen, Undefined):
+            return chosen
+        peak = np.array(np.unravel_index(int(values.argmax()), values.shape))
         ways = list(self._ways(values, chosen))
         if len(ways) < self.controls:
             return Undefined("what is highest has no room elsewhere")
         change = self._change_of(chosen)
         ways.sort(key=lambda way: abs(way[1] - change))
         sets = (self._moved(values, chosen, *how) for how, _ in ways[: self.controls])
-        own, *others = self._score - self.scorer(self._without_all(voxels) for voxels in chain([chosen], sets))
+        own, *others = self.without(chain([chosen], sets))
         scale = [change / by if by > 0 else 0.0 for _, by in ways[: self.controls]]
         return self._trial(peak, float(own), np.array(others) * scale)
+
+    def without(self, sets: Iterable[NDArray[np.bool_]]) -> NDArray[np.float64]:
+        """What the score loses without the voxels of each of some masks."""
+        return self._score - self.scorer(self._without_all(voxels) for voxels in sets)
 
     def _ways(self, values: NDArray, chosen: NDArray[np.bool_]) -> Iterator[tuple[_Way, float]]:
         """How to mirror and move a map so that what is highest lies elsewhere, and by how much that changes the input.
@@ -202,6 +203,20 @@ def peak_of(values: NDArray, within: NDArray[np.bool_] | None = None) -> NDArray
     if chosen.max() <= 0:
         return Undefined("the map has no positive part" if within is None else "the map has none of it there")
     return np.array(np.unravel_index(int(chosen.argmax()), values.shape))
+
+
+def highest_of(values: NDArray, share: float) -> NDArray[np.bool_] | Undefined:
+    """The mask of a map's highest voxels, a ``share`` of the field, or fewer where fewer are above 0.
+
+    Undefined where none is, or where many more voxels are equally high.
+    """
+    number = max(1, round(share * values.size))
+    chosen = _highest(values, number)
+    if not chosen.any():
+        return Undefined("the map has no positive part")
+    if np.count_nonzero(chosen) > _EQUALS * number:
+        return Undefined(f"the map is equally high at far more than {share:.2g} of the field")
+    return chosen
 
 
 def _highest(values: NDArray, number: int) -> NDArray[np.bool_]:

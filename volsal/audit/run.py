@@ -210,7 +210,7 @@ class _Asked:
         explainer, settings = self.explainer, self.settings
         choice, best, methods = self._chosen()
         candidates = choice.tried if choice else methods
-        records, skipped = self._examined(methods, candidates, choice is None or not choice.by_peak)
+        records, skipped = self._examined(methods, candidates, choice.by_peak if choice else ())
         if not records:
             raise SettingError(
                 f"no scan can be audited: {'; '.join(dict.fromkeys(skipped.values())) or 'there is none'}"
@@ -287,14 +287,14 @@ class _Asked:
     # ---- the scans
 
     def _examined(
-        self, methods: Mapping[str, Method], candidates: Mapping[str, Method], wide: bool
+        self, methods: Mapping[str, Method], candidates: Mapping[str, Method], by_peak: Sequence[str]
     ) -> tuple[list[dict[str, Any]], dict[str, str]]:
         """Each case's figures, from the run folder where it has them, and why others have none."""
         records: list[dict[str, Any]] = []
         skipped: dict[str, str] = {}
         for number, case in enumerate(self.cases):
             try:
-                records.append(self._record(number, methods, candidates, wide))
+                records.append(self._record(number, methods, candidates, by_peak))
             except VolsalError as error:
                 skipped[case.id] = str(error)
             if self.progress:
@@ -302,22 +302,24 @@ class _Asked:
         return records, skipped
 
     def _record(
-        self, number: int, methods: Mapping[str, Method], candidates: Mapping[str, Method], wide: bool
+        self, number: int, methods: Mapping[str, Method], candidates: Mapping[str, Method], by_peak: Sequence[str]
     ) -> dict[str, Any]:
         """One case's figures; they depend on no other case, but for where two scans' maps are compared.
 
-        ``wide``: what is highest is taken out at once too, where no map's peak is known to be trusted.
+        What is highest is taken out at once too, unless it is known for this answer that a map's peak is trusted:
+        ``by_peak`` of the choice.
         """
         case, settings = self.cases[number], self.settings
         deep = number < settings.checked
-        key = self._key(number, methods, candidates if deep else {}, wide)
+        key = self._key(number, methods, candidates if deep else {}, by_peak)
         record = _kept(self.place.of(case.id), key)
         if record is not None:
             return record
         subject = subject_of(self.explainer, case, **self.reading)
         asked = deep or bool(case.masks)
         twin = twin_of(subject.model, self.explainer.at_once(subject.volume)) if asked else None
-        record = examine(subject, methods, settings, _labels(case, subject), seed=number, highest=wide, twin=twin)
+        highest = subject.answer not in by_peak
+        record = examine(subject, methods, settings, _labels(case, subject), seed=number, highest=highest, twin=twin)
         if deep and twin is not None:
             found = record["methods"]
             deepen(found, subject, methods, twin, settings)
@@ -368,7 +370,7 @@ class _Asked:
         return [repr(self.explainer.model), *map(_source_of, own)]
 
     def _key(
-        self, number: int, methods: Mapping[str, Method], candidates: Mapping[str, Method], wide: bool = False
+        self, number: int, methods: Mapping[str, Method], candidates: Mapping[str, Method], by_peak: Sequence[str] = ()
     ) -> str:
         """Of all that a case's figures depend on; thresholds of the verdicts are no part of it."""
         explainer, settings, deep = self.explainer, self.settings, number < self.settings.checked
@@ -387,7 +389,7 @@ class _Asked:
             "classes": explainer.classes,
             "windows": repr(explainer.windows),
             "settings": {name: getattr(settings, name) for name in asked},
-            "wide": wide,
+            "by_peak": sorted(by_peak),
             "candidates": {name: repr(method) for name, method in candidates.items()},
             "random_labels": weights_digest(self.shuffled) if self.shuffled is not None and deep else None,
             "seed": number,
