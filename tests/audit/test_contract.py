@@ -122,14 +122,34 @@ def test_a_layer_that_mixes_the_batch(kind, scan):
     assert ("same output again", "model") in verdicts(report, "ok")
 
 
-def test_a_map_that_is_rounding_alone(scan):
+@pytest.mark.parametrize("size", [9, 24])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_a_map_that_is_rounding_alone(size, precision):
     """A normalised channel's mean is what its bias says, whatever the scan: no voxel moves it."""
-    net = Net(nn.InstanceNorm3d(4, affine=True))
+    volume = torch.randn(1, 1, size, size, size, generator=torch.Generator().manual_seed(3)).to(precision)
+    net = Net(nn.InstanceNorm3d(4, affine=True)).to(precision)
     explainer = Explainer(net, methods=["input-gradient", "guided-backprop"], targets=1)
-    asked = {check.of: check for check in check_model(explainer, scan).checks if check.name == "more than rounding"}
-    for method in ("input-gradient", "guided-backprop"):
-        assert asked[method].verdict == "fails", asked[method]
-        assert float(explainer.methods[0](net, scan, explainer.targets[0]).abs().max()) > 0  # a picture it would be
+    asked = {check.of: check for check in check_model(explainer, volume).checks if check.name == "more than rounding"}
+    assert {of: check.verdict for of, check in asked.items()} == dict.fromkeys(explainer.names, "fails"), asked
+    assert float(explainer.methods[0](net, volume, explainer.targets[0]).abs().max()) > 0  # a picture it would be
+    whole = Explainer(Net().to(precision), methods=["input-gradient", "guided-backprop"], targets=1)
+    (one, two) = (check for check in check_model(whole, volume).checks if check.name == "more than rounding")
+    assert (one.verdict, two.verdict) == ("ok", "ok"), (one, two)
+
+
+def test_whether_a_map_is_more_than_rounding_cannot_be_told_where_there_is_nothing_finer(scan):
+    class Single(nn.Module):
+        def forward(self, x):
+            assert x.dtype == torch.float32
+            return x
+
+    for net, volume, why in (
+        (Net().double(), scan.double(), "no finer precision"),
+        (Net(Single()), scan, "does not compute in float64"),
+    ):
+        report = check_model(Explainer(net, methods="grad-cam", targets=1), volume)
+        (check,) = [check for check in report.checks if check.name == "more than rounding"]
+        assert (check.verdict, why in check.said) == ("does not apply", True), check
 
 
 def test_weights_that_are_not_finite(scan):
@@ -234,7 +254,7 @@ def test_passes_are_shared_and_long_methods_take_few_steps(scan):
     report = check_model(explainer, scan)
     assert report.sound, failing(report)
     model, layer, copy, survey = 3, 5, 2, 1
-    cam, noisy, masked = 5 * 1, 5 * (1 + 3), 5 * (1 + 8)
+    cam, noisy, masked = 5 * 1 + 1, 5 * (1 + 3), 5 * (1 + 8)
     gradient, export = 2, 2
     assert len(rows) <= model + layer + copy + survey + cam + noisy + masked + gradient + export
     said = {check.of: check.said for check in report.checks if check.name == "finite values"}

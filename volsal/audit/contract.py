@@ -8,6 +8,7 @@ when parts of its input or of a layer are taken away.  Where maps are put is ano
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -63,6 +64,8 @@ _OTHERWISE = 1e-3
 # Of gradients by the input, computed otherwise: a rounding that turns a ReLU or moves a maximum lets a whole path's
 # gradient through, or none of it.
 _KINKED = 1e-2
+# Maps that are further apart than this share no more than part of what they show, in whatever precision.
+_ALIKE = 0.5
 # A sum over a map may miss what it should add up to by this share.
 _COMPLETE = 0.01
 # A head whose scores miss those of a linear one by less is linear.
@@ -224,6 +227,18 @@ class _Bench:
     def fast(self) -> nn.Module:
         known = dict(self.model.named_modules())
         return fast(self.model, self.volume, keep=[layer for layer in self.layers if address(layer)[0] in known])
+
+    @cached_property
+    def finer(self) -> tuple[nn.Module, Tensor]:
+        """The model and the scan in the next finer precision."""
+        if self.volume.dtype == torch.float64:
+            raise _DoesNotApplyError("there is no finer precision to compare with")
+        precision = torch.float64 if self.volume.dtype == torch.float32 else torch.float32
+        try:
+            return copy.deepcopy(self.model).to(precision), self.volume.to(precision)
+        except Exception as error:  # as the model's own parts see fit
+            reason = " ".join(str(error).split())
+            raise _DoesNotApplyError(f"the model cannot be copied in another precision: {reason}") from error
 
     @cached_property
     def layers(self) -> list[str]:
@@ -469,9 +484,15 @@ def _same_in_batch(subject: _Subject) -> _Found:
 def _beyond_rounding(subject: _Subject) -> _Found:
     """A gradient that is 0 by construction, as of a mean of what is normalised, is a picture of the roundings alone."""
     bench = subject.bench
-    nudged = bench.volume * (1 + 2 * torch.finfo(bench.volume.dtype).eps)  # what was equal stays so
-    made = bench.maps(subject.method, nudged)
-    return _Found(difference(made.maps, subject.first.maps), subject.limit, "difference, of the scan rounded otherwise")
+    model, volume = bench.finer
+    precision = str(volume.dtype).removeprefix("torch.")
+    try:
+        made = bench.maps(subject.method, volume, model)
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise _DoesNotApplyError(f"the model does not compute in {precision}: {reason}") from error
+    told = f"difference from the map in {precision}"
+    return _Found(difference(made.maps, subject.first.maps), min(subject.limit, _ALIKE), told)
 
 
 def _unchanged_by_method(subject: _Subject) -> _Found:
