@@ -261,7 +261,7 @@ class AuditSection(_Section):
         0.02,
         ge=0,
         le=0.2,
-        description="of evidence that no ball holds: share of the field, taken out where maps are highest",
+        description="of evidence that no ball holds: share of the field that is taken out; 0: not asked",
     )
     tolerance_mm: float = Field(6.0, ge=0, description="a peak so near a mask hits it")
     checked: int = Field(

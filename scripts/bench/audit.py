@@ -118,13 +118,13 @@ def row(name: str, task: str, cause: str | None, load: Callable, scans: int) -> 
     seconds = time.monotonic() - clock
     flags = [one for one in found.verdicts if one.verdict == "flagged"]
     named = not flags if cause is None else any(cause in one.name for one in flags)
-    line = f"{name:<20}{'right' if named else 'WRONG'}: flagged: {', '.join(one.name for one in flags) or 'nothing'}"
+    line = f"{name:<22}{'right' if named else 'WRONG'}: flagged: {', '.join(one.name for one in flags) or 'nothing'}"
     choice, good = found.choice, None
     line += f"; recommended: {choice.recommended or 'none'}"
     if task in SMALL:
         hits = judged(explainer, choice.tried, cases, masks, value)
         enough = [one for one, (_, near, mm) in hits.items() if near >= 0.9 and mm <= NEAR_MM]
-        if choice.recommended:
+        if choice.recommended in hits:
             hit, near, mm = hits[choice.recommended]
             line += f" (on the evidence {hit:.2f}, within 6 mm {near:.2f}, median {mm:.1f} mm"
             trusted, only = choice.candidates[0].answers, {choice.recommended: choice.tried[choice.recommended]}
@@ -132,8 +132,9 @@ def row(name: str, task: str, cause: str | None, load: Callable, scans: int) -> 
             line += f"; of {', '.join(trusted)}, for which it is: {own[1]:.2f})" if own else ")"
         if enough:
             good = choice.recommended in enough
-        best = max(hits, key=lambda one: hits[one][1])
-        line += f"; best of the candidates: {best} {hits[best][0]:.2f}, {hits[best][1]:.2f}"
+        if hits:  # else the model is right about none of those that hold evidence
+            best = max(hits, key=lambda one: hits[one][1])
+            line += f"; best of the candidates: {best} {hits[best][0]:.2f}, {hits[best][1]:.2f}"
     print(f"{line}; {seconds:.0f} s for {len(found.records)} scans", flush=True)
     for one in flags:
         print(f"   {one.name}: {one.words}", flush=True)

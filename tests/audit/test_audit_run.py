@@ -2,7 +2,7 @@
 
 import csv
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import nibabel as nib
@@ -14,6 +14,7 @@ from planted import explainer
 from typer.testing import CliRunner
 
 from volsal import GradientTimesInput
+from volsal.attribution import Method
 from volsal.audit import run
 from volsal.audit.metric import Undefined
 from volsal.audit.run import audit
@@ -183,7 +184,7 @@ def test_a_case_is_examined_anew_where_other_answers_have_maps_with_trusted_peak
     cases, settings = scans("line")[:1], SETTINGS.model_copy(update={"candidates": True, "checked": 0})
     chosen = run._Asked._chosen
     found = []
-    for by_peak in ((), ("class 1",), ("class 1",)):
+    for by_peak in ({}, *[{"gradient-x-input": ("class 1",)}] * 2):
 
         def by(self, by_peak=by_peak):
             choice, *others = chosen(self)
@@ -314,23 +315,41 @@ def test_figures_that_were_not_asked_for_are_undefined():
     assert figure(plain(0.25)) == 0.25
 
 
+@dataclass(frozen=True)
+class Lowest(Method):
+    """A map with its peak where it has nothing to say, in the air; whatever else is high in it counts."""
+
+    id = "lowest"
+    unit = "none"
+    signed = True
+
+    def ingredients(self):
+        return (GradientTimesInput(),)
+
+    def compose(self, volume, answers, context):
+        values = answers[0].maps[0].clone()
+        values[..., :2, :2, :2] = 2 * values.max()
+        return replace(answers[0], maps=[values])
+
+
 def test_what_is_highest_is_asked_where_no_peak_is_trusted(scans):
     settings = SETTINGS.model_copy(update={"candidates": True, "controls": 19})
     spread = audit(explainer(planted.Plane(), methods="gradient-x-input"), scans("line"), settings)
     best = spread.choice.recommended
-    assert spread.choice.by_peak == ()
+    assert spread.choice.by_peak[best] == ()
     found = spread.verdict(f"trust: {best}")
     assert found.verdict == TRUSTED
     assert found.figures["class 1"]["way"] == "highest"
     assert found.figures["class 1"]["change"] >= settings.min_change_highest
     assert "all that is highest in the map" in found.words
-    assert "0.02 of the field at most" in found.rule
+    assert "about 0.02 of the field" in found.rule
     assert spread.metrics[best]["effect of the highest part, spreads"]["value"] > 0
     # Where a peak is, it costs nothing.
     cases = [*scans("lesion")[::2], *scans("line")[::2]]
-    pointed = audit(explainer(planted.Either(), methods="gradient-x-input"), cases, settings)
-    assert pointed.choice.by_peak == ("class 1",)
+    pointed = audit(explainer(planted.Either(), methods=["gradient-x-input", Lowest()]), cases, settings)
+    by_peak = {name: pointed.choice.by_peak[name] for name in pointed.records[0]["methods"]}
+    assert by_peak == {"gradient-x-input": ("class 1",), "lowest": ()}
     assert {record["answer"] for record in pointed.records} == {"class 0", "class 1"}
     for record in pointed.records:
-        asked = ["highest" in one for one in record["methods"].values()]
-        assert asked == [record["answer"] == "class 0"] * len(asked)
+        asked = {name for name, one in record["methods"].items() if "highest" in one}
+        assert asked == {"lowest"} | ({"gradient-x-input"} if record["answer"] == "class 0" else set())

@@ -1,9 +1,9 @@
 """Which map to believe, measured on the user's own model and scans, without masks.
 
 Every candidate, a method at a layer, is asked where the evidence lies in each of a sample of scans.  There a small
-ball is taken out of the scan: the better a map, the more the score moves.  For answers of the model of which no map's
-peak is trusted, all that a map holds highest is taken out at once.  What is trusted at all is in
-:mod:`volsal.audit.trust`.
+ball is taken out of the scan: the better a map, the more the score moves.  For answers of the model for which no map's
+peak is trusted, all that a map holds highest is taken out at once, of the maps that are trusted for another answer, or
+of all where none is.  What is trusted at all is in :mod:`volsal.audit.trust`.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ from volsal.errors import VolsalError
 from volsal.explain import Explainer
 from volsal.scans.find import Case
 
+# What the two ways of asking are called in plain data.
+_BY = {PEAK: "its peak", HIGHEST: "its highest part"}
 NONE = "none of these can be trusted for this model"
 TOO_FEW = "the patients are too few to say which of these can be trusted"
 # So many earlier layers are tried, the deepest of each resolution.
@@ -56,8 +58,9 @@ _EARLIER = 3
 _FINALISTS = 4
 _RUN_OFF = 36
 _PATH_STEPS = 16
-# Of the minutes so much goes to the scans that all candidates are asked about.
-_FIRST_LOOK = 0.7
+# Of the minutes so much goes to the scans that all candidates are asked about, and so much has gone when the second
+# question ends, for the checks that what is recommended must have passed.
+_FIRST_LOOK, _SECOND_LOOK = 0.7, 0.85
 # A peak is as good as the best where the score moves by this share of what it moves there.
 _DECISIVE = 0.5
 
@@ -112,10 +115,12 @@ class Choice:
     records: tuple[dict[str, Any], ...]
 
     @property
-    def by_peak(self) -> tuple[str, ...]:
-        """The answers for which the map that is recommended is trusted for its peaks."""
-        best = self.candidates[0].trust if self.recommended else ()
-        return tuple(one.answer for one in best if (one.verdict, one.way) == (TRUSTED, PEAK))
+    def by_peak(self) -> dict[str, tuple[str, ...]]:
+        """By candidate the answers for which its peaks are trusted."""
+        return {
+            each.method: tuple(one.answer for one in each.trust if (one.verdict, one.way) == (TRUSTED, PEAK))
+            for each in self.candidates
+        }
 
     @property
     def words(self) -> list[str]:
@@ -144,7 +149,7 @@ class Choice:
                     "method": one.method,
                     "score": None if isinstance(one.score, Undefined) else one.score,
                     "strength": one.strength,
-                    "trusted for": list(one.answers),
+                    "trusted for": {trust.answer: _BY[trust.way] for trust in one.trust if trust.verdict == TRUSTED},
                     "words": [trust.words for trust in one.trust],
                 }
                 for one in self.candidates
@@ -236,8 +241,10 @@ def choose(
     Raises
     ------
     SettingError
-        Where no scan can be used.
+        Where no scan can be used, or there is no candidate.
     """
+    if candidates is not None and not candidates:
+        raise SettingError("there is no candidate to choose from; name methods, or leave them out for the usual ones")
     settings = settings or AuditSection.model_validate({})
     chosen = sampled(cases, scans)
     trial = _Trial(explainer, settings, minutes, reading, patients_of(cases))
@@ -315,13 +322,18 @@ class _Trial:
         return skipped
 
     def ranked(self) -> list[Scored]:
-        """By what was found; where all of the best fail their checks the next best are checked."""
+        """By what was found; where all of the best fail their checks the next best are checked.
+
+        So are those on which alone the trust for some answer rests.
+        """
         while True:
             ranked = self._rank()
-            new = [one.method for one in ranked if one.answers and one.method not in self.checked][:_FINALISTS]
-            if ranked[0].method in self.checked or not new:
+            sure = {answer for one in ranked if one.method in self.checked for answer in one.answers}
+            best = ranked[0].method in self.checked
+            new = [one.method for one in ranked if one.method not in self.checked and set(one.answers) - sure]
+            if (best and not new) or not any(one.answers for one in ranked):
                 return self._checked_first(ranked)
-            self._check({name: self.candidates[name] for name in new})
+            self._check({name: self.candidates[name] for name in (new or [ranked[0].method])[:_FINALISTS]})
 
     def _rank(self, further: Sequence[dict[str, Any]] = ()) -> list[Scored]:
         return rank(self.records, self.settings, self.explainer.targets[0], further, self.patients)
@@ -331,10 +343,11 @@ class _Trial:
         return sorted(ranked, key=lambda one: (not one.answers, one.method not in self.checked))
 
     def _check(self, finalists: Mapping[str, Method]) -> None:
-        """Sanity and stability of some candidates, on some of the scans."""
+        """Sanity and stability of some candidates, on some of the scans, and on one at least where each has a map."""
         twin = None
-        for case, record in list(zip(self.used, self.records, strict=True))[: self.settings.checked]:
-            if self.is_over():
+        for number, (case, record) in enumerate(zip(self.used, self.records, strict=True)):
+            known = all(any("sanity" in one["methods"][name] for one in self.records) for name in finalists)
+            if not self.settings.checked or (known and (number >= self.settings.checked or self.is_over())):
                 break
             subject = self.subject(case)
             twin = twin or twin_of(subject.model, self.explainer.at_once(subject.volume))
@@ -356,7 +369,7 @@ class _Trial:
         pairs = zip(self.used, self.records, strict=True)
         asked = [(at, *pair) for at, pair in enumerate(pairs) if pair[1]["answer"] in silent]
         for done, (number, case, record) in enumerate(asked):
-            if self.is_over():
+            if self.is_over(_SECOND_LOOK):
                 break
             widen(record["methods"], self.subject(case), methods, self.settings, seed=number)
             if progress:
@@ -405,8 +418,9 @@ def _lost(probe: Probe, values: NDArray, way: str, settings: AuditSection) -> fl
 
 
 def _believed(trust: Iterable[Trust]) -> dict[str, str]:
-    """The answers for which some map is trusted, and in which way: the second is asked where none is in the first."""
-    return {one.answer: one.way for one in trust if one.verdict == TRUSTED}
+    """The answers for which some map is trusted, and in which way: for its peaks, if any is."""
+    trusted = [one for one in trust if one.verdict == TRUSTED]
+    return {one.answer: one.way for one in sorted(trusted, key=lambda one: one.way == PEAK)}
 
 
 def twin_of(model: nn.Module, volume: Tensor) -> nn.Module:
@@ -447,7 +461,8 @@ def rank(
 
 def _moved_by(record: Mapping[str, Any], name: str, spread: Mapping[str, float], way: str) -> float:
     """By how much the score falls where a method says; NaN where the method was not asked."""
-    if name not in record["methods"]:
+    mine = record["methods"].get(name)
+    if mine is None or (way not in mine and "undefined" not in mine):
         return float("nan")
     found = scaled(record, name, spread, way)
     return 0.0 if isinstance(found, Undefined) else max(found, 0.0)

@@ -7,12 +7,12 @@ taken up.  A figure is a number, or ``{"undefined": why}``; all places are mm in
                                   whether outputs are logits of classes
 ``body``                          ``sure``, ``said``, ``share`` of the field
 ``grid``                          of the model's input
-``methods``                       by name: ``trial`` (see :func:`trial_of`) at the map's peak, ``where`` that is in
-                                  words, ``in_body``; ``highest``: where it was asked for, the trial of all that the
-                                  map holds highest; ``suspects``: by region the trial at the map's highest place
-                                  there; the claims of :func:`claims_of`; of some scans ``random weights``: the claims
-                                  of the map of random weights, and what :mod:`volsal.audit.checks` adds; or
-                                  ``undefined``: why the method has no map here
+``methods``                       by name: ``trial`` (see :func:`trial_of`) at the map's peak, or why there is none,
+                                  ``where`` that is in words, ``in_body``; ``highest``: where it was asked for, the
+                                  trial of all that the map holds highest; ``suspects``: by region the trial at the
+                                  map's highest place there; the claims of :func:`claims_of`; of some scans
+                                  ``random weights``: the claims of the map of random weights, and what
+                                  :mod:`volsal.audit.checks` adds; or ``undefined``: why the method has no map here
 ``references``                    the claims of maps that know no model, by name: see
                                   :func:`volsal.audit.nulls.references`
 ``masks``                         by name: ``effect`` of removing it on the score, ``voxels``
@@ -22,7 +22,7 @@ taken up.  A figure is a number, or ``{"undefined": why}``; all places are mm in
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,7 +80,7 @@ def examine(
     *,
     seed: int = 0,
     regions: bool = True,
-    highest: bool = False,
+    highest: Collection[str] = (),
     twin: nn.Module | None = None,
 ) -> dict[str, Any]:
     """The figures of one scan as plain data; see the module's own words.
@@ -91,7 +91,7 @@ def examine(
     labels : (I, J, K) masks or label maps on the subject's grid, by name
     seed : of the places that balls are compared with
     regions : whether balls are also tried where no evidence should be, and reference maps put beside the methods'
-    highest : whether what a map holds highest is also taken out at once, of answers in log odds
+    highest : methods of which all that the map holds highest is also taken out at once, of answers in log odds
     twin : the model with random weights, for the claims of its maps
     """
     clock = time.monotonic()
@@ -101,8 +101,7 @@ def examine(
     places = Places({**tried, **things}, masks_of(labels or {}), labels or {}, settings.label_names)
     maps = subject.maps(methods)
     found = {name: _of_map(values, probe, tried, places, settings) for name, values in maps.items()}
-    if highest:
-        _widen(found, maps, probe, settings)
+    _widen(found, {name: values for name, values in maps.items() if name in highest}, probe, settings)
     if twin is not None:
         for name, values in subject.maps(methods, model=twin, context=unmeasured(subject)).items():
             if "undefined" not in found[name]:
@@ -219,16 +218,16 @@ def _of_map(
 ) -> dict[str, Any]:
     if isinstance(values, Undefined):
         return {"undefined": values.reason}
-    peak = peak_of(values)
-    trial = peak if isinstance(peak, Undefined) else probe.at(peak)
-    if isinstance(trial, Undefined):
-        return {"undefined": trial.reason}
-    subject = probe.subject
+    peak, subject = peak_of(values), probe.subject
+    if isinstance(peak, Undefined):
+        return {"undefined": peak.reason}
+    trial = probe.at(peak)
+    tell = not isinstance(trial, Undefined)
     return {
-        "trial": trial_of(trial),
-        "in_body": bool(subject.body.mask[tuple(trial.voxel)]),
-        "where": where_of(subject, trial.voxel, places.regions),
-        "suspects": _suspects(values, probe, tried, places.regions),
+        "trial": plain(trial) if isinstance(trial, Undefined) else trial_of(trial),
+        "in_body": bool(subject.body.mask[tuple(peak)]),
+        "where": where_of(subject, peak, places.regions),
+        **({"suspects": _suspects(values, probe, tried, places.regions)} if tell else {}),
         **claims_of(values, subject, places, settings, RANDOM),
     }
 

@@ -13,6 +13,7 @@ from functools import cached_property
 from itertools import chain
 
 import numpy as np
+import SimpleITK as sitk
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -24,11 +25,13 @@ from volsal.audit.subject import Subject
 
 # Balls elsewhere are drawn so many times as often as they are needed, so that some change the input as much.
 _POOL = 3
-# A map is as high in at most so many times the voxels that were asked about, where several are equal.
+# A map, or a map that was moved, is as high in at most so many times the voxels asked about, where several are equal.
 _EQUALS = 1.5
 # What is highest in a map that was moved has at most this share of its voxels where they were, at most that share in
 # twice as many of the highest, and is at least this share of them; so many ways are tried for each that is needed.
-_OVERLAP, _NEARLY, _ENOUGH, _TRIES = 0.25, 0.5, 0.5, 15
+_OVERLAP, _NEARLY, _ENOUGH, _TRIES = 0.25, 0.5, 1 / 3, 15
+# The body's shells, in each of which as many voxels are chosen.
+_SHELLS = 3
 # The axes along which a map is mirrored, and by how far it is then moved.
 _Way = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -113,10 +116,10 @@ class Probe:
     def of_highest(self, values: NDArray, share: float) -> Trial | Undefined:
         """Take away all voxels at which a map is highest, a ``share`` of the field, or fewer where fewer are above 0.
 
-        They are compared with as many voxels in the body, and as many outside of it, where the map is highest once it
-        is mirrored and moved so that few stay where they were.  Of many such sets those count that change the input
-        about as much, and what the score loses by these is scaled to the very same change, for what stands out is
-        changed more.  Undefined where there are too few such places, or as for :func:`highest_of`.
+        They are compared with as many voxels in each shell of the body, and as many outside of it, where the map is
+        highest once it is mirrored and moved so that few stay where they were.  Of many such sets those count that
+        change the input about as much, and what the score loses by these is scaled to the very same change, for what
+        stands out is changed more.  Undefined where there are too few such places, or as for :func:`highest_of`.
         """
         chosen = highest_of(values, share)
         if isinstance(chosen, Undefined):
@@ -151,7 +154,7 @@ class Probe:
             shift = tuple(int(step) for step in np.rint(back + random.normal(0, far)))
             other = self._moved(values, chosen, mirrored, shift)
             there, still, near = (np.count_nonzero(each) for each in (other, other & chosen, other & nearly))
-            if there >= _ENOUGH * number and still <= _OVERLAP * there and near <= _NEARLY * there:
+            if _ENOUGH * number <= there <= _EQUALS * number and still <= _OVERLAP * there and near <= _NEARLY * there:
                 found += 1
                 yield (mirrored, shift), self._change_of(other)
             if found == _POOL * self.controls:
@@ -160,12 +163,29 @@ class Probe:
     def _moved(
         self, values: NDArray, chosen: NDArray[np.bool_], mirrored: tuple[int, ...], shift: tuple[int, ...]
     ) -> NDArray[np.bool_]:
-        """Where a map that was mirrored and moved is highest, in as many voxels of the body and as many of the rest."""
+        """Where a map that was mirrored and moved is highest, in as many voxels of each part of the field."""
         moved = np.roll(np.flip(values, mirrored), shift, (0, 1, 2))
         found = np.zeros_like(chosen)
-        for part in (self.subject.body.mask, ~self.subject.body.mask):
+        for part in self._parts:
             found[part] = _highest(moved[part], int(np.count_nonzero(chosen & part)))
         return found
+
+    @cached_property
+    def _parts(self) -> list[NDArray[np.bool_]]:
+        """What lies outside of the body, and shells of it of about one size, from its surface to its middle.
+
+        Evidence is the likelier the deeper, and a map that does not know where may still keep to the middle.
+        """
+        body, grid = self.subject.body.mask, self.subject.grid
+        if body.all():
+            return [body]
+        image = sitk.GetImageFromArray(body.astype(np.uint8))
+        image.SetSpacing([float(mm) for mm in grid.spacing[::-1]])
+        found = sitk.SignedMaurerDistanceMap(image, squaredDistance=False, useImageSpacing=True)
+        depth = -sitk.GetArrayViewFromImage(found)
+        ends = np.quantile(depth[body], np.linspace(0, 1, _SHELLS + 1)[1:-1])
+        shell = np.where(body, 1 + np.searchsorted(ends, depth), 0)
+        return [shell == number for number in range(_SHELLS + 1)]
 
     def _change_of(self, voxels: NDArray[np.bool_]) -> float:
         return float(np.sqrt(self._difference[voxels].sum()))

@@ -181,6 +181,10 @@ def audit(
     return whole
 
 
+# By method the answers for which its peaks are trusted.
+ByPeak = Mapping[str, Sequence[str]]
+
+
 @dataclass(frozen=True)
 class _Place:
     """Where the figures of one target go, if anywhere; ``mark`` tells a further target's files."""
@@ -210,7 +214,7 @@ class _Asked:
         explainer, settings = self.explainer, self.settings
         choice, best, methods = self._chosen()
         candidates = choice.tried if choice else methods
-        records, skipped = self._examined(methods, candidates, choice.by_peak if choice else ())
+        records, skipped = self._examined(methods, candidates, choice.by_peak if choice else {})
         if not records:
             raise SettingError(
                 f"no scan can be audited: {'; '.join(dict.fromkeys(skipped.values())) or 'there is none'}"
@@ -287,7 +291,7 @@ class _Asked:
     # ---- the scans
 
     def _examined(
-        self, methods: Mapping[str, Method], candidates: Mapping[str, Method], by_peak: Sequence[str]
+        self, methods: Mapping[str, Method], candidates: Mapping[str, Method], by_peak: ByPeak
     ) -> tuple[list[dict[str, Any]], dict[str, str]]:
         """Each case's figures, from the run folder where it has them, and why others have none."""
         records: list[dict[str, Any]] = []
@@ -302,12 +306,11 @@ class _Asked:
         return records, skipped
 
     def _record(
-        self, number: int, methods: Mapping[str, Method], candidates: Mapping[str, Method], by_peak: Sequence[str]
+        self, number: int, methods: Mapping[str, Method], candidates: Mapping[str, Method], by_peak: ByPeak
     ) -> dict[str, Any]:
         """One case's figures; they depend on no other case, but for where two scans' maps are compared.
 
-        What is highest is taken out at once too, unless it is known for this answer that a map's peak is trusted:
-        ``by_peak`` of the choice.
+        What is highest in a map is taken out at once too, unless the choice found its peak trusted for this answer.
         """
         case, settings = self.cases[number], self.settings
         deep = number < settings.checked
@@ -318,7 +321,7 @@ class _Asked:
         subject = subject_of(self.explainer, case, **self.reading)
         asked = deep or bool(case.masks)
         twin = twin_of(subject.model, self.explainer.at_once(subject.volume)) if asked else None
-        highest = subject.answer not in by_peak
+        highest = [name for name in methods if subject.answer not in by_peak.get(name, ())]
         record = examine(subject, methods, settings, _labels(case, subject), seed=number, highest=highest, twin=twin)
         if deep and twin is not None:
             found = record["methods"]
@@ -332,7 +335,7 @@ class _Asked:
 
     def _exchanges(self) -> dict[str, Any]:
         """What goes along when it is exchanged between scans, from the run folder where it has that."""
-        keys = [self._key(number, {}, {}) for number in range(len(self.cases))]
+        keys = [self._key(number, {}, {}, {}) for number in range(len(self.cases))]
         patients = patients_of(self.cases)
         asked = [*keys, self.settings.exchanged, self.settings.min_scans, list(patients.items())]
         key = sha256(json.dumps(asked).encode()).hexdigest()
@@ -370,7 +373,7 @@ class _Asked:
         return [repr(self.explainer.model), *map(_source_of, own)]
 
     def _key(
-        self, number: int, methods: Mapping[str, Method], candidates: Mapping[str, Method], by_peak: Sequence[str] = ()
+        self, number: int, methods: Mapping[str, Method], candidates: Mapping[str, Method], by_peak: ByPeak
     ) -> str:
         """Of all that a case's figures depend on; thresholds of the verdicts are no part of it."""
         explainer, settings, deep = self.explainer, self.settings, number < self.settings.checked
@@ -389,7 +392,7 @@ class _Asked:
             "classes": explainer.classes,
             "windows": repr(explainer.windows),
             "settings": {name: getattr(settings, name) for name in asked},
-            "by_peak": sorted(by_peak),
+            "by_peak": {name: sorted(by_peak.get(name, ())) for name in methods},
             "candidates": {name: repr(method) for name, method in candidates.items()},
             "random_labels": weights_digest(self.shuffled) if self.shuffled is not None and deep else None,
             "seed": number,
@@ -429,9 +432,9 @@ def _of_model(records: Sequence[Mapping[str, Any]], settings: AuditSection) -> l
 
 def _of_choice(choice: Choice, settings: AuditSection) -> Verdict:
     rule = (
-        "of the maps that are trusted by the rule below the one at whose peaks (or, where none is trusted, without "
-        "whose highest part) the score most often moves by at least half of what it moves by the best map (of equals: "
-        f"moves more), chosen without masks on {choice.scans} scans, and of the best few peaks on others too; "
+        "of the maps that are trusted by the rule below the one at whose peaks (or, of answers for which no map's peak "
+        "is trusted, without whose highest part) the score most often moves by at least half of what it moves by the "
+        f"best map (of equals: moves more), chosen without masks on {choice.scans} scans, the best few on others too; "
         f"{trust_rule(settings)}"
     )
     scores = {one.method: figure_or_none(one.score) for one in choice.candidates}
@@ -501,10 +504,10 @@ def _rows(records: Sequence[Mapping[str, Any]], target: str) -> Iterator[list[An
     for record in records:
         for name, one in record["methods"].items():
             start = [record["case"], target, record["answer"], f"{record['score']:.6g}", name]
-            if "trial" not in one:
-                yield [*start, *[""] * 8, record["body"]["sure"], one.get("undefined", "")]
+            trial = one.get("trial", one)
+            if "undefined" in trial:
+                yield [*start, *[""] * 8, record["body"]["sure"], trial["undefined"]]
                 continue
-            trial = one["trial"]
             density = one["regions"].get("outside the body", {}).get("density")
             yield [
                 *start, *trial["mm"], one["where"], f"{trial['effect']:.6g}", f"{trial['control_largest']:.6g}",

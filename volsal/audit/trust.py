@@ -52,7 +52,7 @@ class Trust:
     ----------
     method, answer : of what
     way : what the verdict rests on, :data:`PEAK` or :data:`HIGHEST`
-    part : of the field at most that is taken out, where it is the highest
+    part : of the field, about, that is taken out, where it is the highest
     also : what stands against it in the other way, where that was asked and does not pass either
     verdict : :data:`TRUSTED`, :data:`UNTRUSTED`, or :data:`UNDECIDED`, where there are too few patients
     why : what stands against it; empty where nothing does
@@ -87,11 +87,11 @@ class Trust:
     def words(self) -> str:
         """The verdict with what it rests on, in a sentence."""
         if isinstance(self.change, Undefined):
-            return f"{self.method}, {self.answer}: {self.verdict}: {'; '.join(self.why)}"
+            return f"{self.method}, {self.answer}: {self.verdict}: {'; '.join(self.why)}{self._also}"
         what = (
             "a ball at the map's peak the score moves more than at every place elsewhere"
             if self.way == PEAK
-            else f"all that is highest in the map, {self.part:.2g} of the field at most, the score moves far more than "
+            else f"all that is highest in the map, about {self.part:.2g} of the field, the score moves far more than "
             "without what is highest when the map is moved elsewhere"
         )
         found = (
@@ -99,8 +99,11 @@ class Trust:
             f"({_told(self.effect.estimate)} of its spread)"
         )
         against = f"; but {'; '.join(self.why)}" if self.why else ""
-        also = f". Nor can all that is highest in it: {'; '.join(self.also)}" if self.also else ""
-        return f"{self.method}, {self.answer}: {self.verdict}: {found}{against}{also}"
+        return f"{self.method}, {self.answer}: {self.verdict}: {found}{against}{self._also}"
+
+    @property
+    def _also(self) -> str:
+        return f". Nor by all that is highest in it: {'; '.join(self.also)}" if self.also else ""
 
 
 def judge(
@@ -142,9 +145,14 @@ def judge(
 
 
 def _better(ways: Sequence[Trust]) -> Trust:
-    """The first that is trusted, or else the first, with what stands against the other."""
-    trusted = next((one for one in ways if one.verdict == TRUSTED), None)
-    return trusted or replace(ways[0], also=ways[1].why if len(ways) > 1 else ())
+    """The first that is trusted, or else the first, with what stands against the other, which may not be known."""
+    first, *others = ways
+    for one in ways:
+        if one.verdict == TRUSTED:
+            return one
+    for other in others:
+        first = replace(first, also=other.why, verdict=UNDECIDED if other.verdict == UNDECIDED else first.verdict)
+    return first
 
 
 def _asked(way: str, name: str, records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -265,7 +273,8 @@ def _case(
     why += _vetoes(way, drawn, stable, settings)
     if not enough and not why:
         of = "scans" if len(apart) == len(mine) else "patients"
-        why, verdict = [f"there are {len(apart)} {of} with this answer, fewer than {settings.min_scans}"], UNDECIDED
+        there = "there are" if way == PEAK else "it was asked in"
+        why, verdict = [f"{there} {len(apart)} {of} with this answer, fewer than {settings.min_scans}"], UNDECIDED
     else:
         verdict = UNTRUSTED if why else TRUSTED
     return Trust(

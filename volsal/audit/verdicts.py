@@ -68,8 +68,8 @@ def trust_rule(settings: AuditSection) -> str:
         f"random weights do not draw the same map (top Dice at most {settings.max_alike:g}) and the peak stays under "
         f"{settings.min_stable:.0%} of harmless changes or more"
         + (
-            f"; or where, of log odds, the same is true without all that is highest in the map, {settings.highest:.2g} "
-            "of the field at most, beside what is highest in the map moved elsewhere, by "
+            "; or where, of log odds, the same is true without all that is highest in the map, about "
+            f"{settings.highest:.2g} of the field, beside what is highest in the map moved elsewhere, by "
             f"{settings.min_times_highest:g} times the largest of these and {settings.min_change_highest:g} or more, "
             "and its highest hundredth overlaps with what it is under harmless changes (top Dice "
             f"{settings.min_stable:g} or more)"
@@ -96,7 +96,7 @@ def of_trust(
                 "verdict": one.verdict, "way": one.way, "scans": one.scans, "moved": one.moved,
                 "patients": one.patients, "moved_patients": one.moved_patients, "p_value": _plain(one.p_value),
                 "effect": described(one.effect), "change": _plain(one.change), "alike": _plain(one.alike),
-                "stable": _plain(one.stable),
+                "stable": _plain(one.stable), "also": list(one.also),
             }
             for one in mine
         }  # fmt: skip
@@ -260,7 +260,7 @@ def _of_mask(evidence: Evidence, mask: str) -> Verdict:
         f"it or within {settings.tolerance_mm:g} mm: on the masks where the interval's low end is above half, off "
         f"where its high end is below; of fewer than {settings.min_scans} patients it cannot be told"
     )
-    having = [r for r in evidence.records if mask in r["masks"] and "trial" in evidence.told(r)]
+    having = [r for r in evidence.records if mask in r["masks"] and "effect" in evidence.told(r).get("trial", {})]
     mine = [r for r in having if evidence.matters(r, evidence.told(r)["trial"])]
     hits = [figure(evidence.told(r)["masks"][mask]["pointing game"]["value"]) for r in mine]
     hit = summarise(hits, evidence.owners(mine))

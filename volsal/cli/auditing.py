@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -13,6 +13,9 @@ from volsal.cli.console import REPEATS, app, cell, duration, err, explained, out
 from volsal.cli.inputs import loaded, reading_of, trusted
 from volsal.cli.options import ConfigArgument, MethodOption, QuietOption, TargetOption, TrustOption
 from volsal.cli.progress import progress_bar, steps_of
+
+if TYPE_CHECKING:
+    from volsal.audit.choose import Scored
 
 
 @app.command()
@@ -83,7 +86,8 @@ def choose(
     """Which map to believe for your model, measured on your scans, without masks.
 
     Methods and layers are tried, beside the config's own: a small ball is taken out of each scan where a map peaks, and
-    the model is asked again. It may be that none can be trusted.
+    the model is asked again; for answers that this does not tell of, all that a map holds highest. It may be that none
+    can be trusted.
     """
     from volsal.audit.choose import choose as chosen
     from volsal.batch.cases import cases_of
@@ -113,8 +117,16 @@ def choose(
         table.add_column(column, overflow="fold")
     for one in found.candidates:
         score = f"{one.score:.2f}" if isinstance(one.score, float) else "-"
-        table.add_row(cell(one.method), score, cell(", ".join(one.answers) or "-"))
+        table.add_row(cell(one.method), score, cell(_trusted_for(one)))
     out.print(table)
     for case, reason in found.skipped.items():
         say(f"left out: {case}: {reason}", err)
     say(f"{found.scans} scans, {duration(found.seconds)}")
+
+
+def _trusted_for(one: Scored) -> str:
+    """The answers, and whether it is all that the map holds highest that is trusted for them."""
+    from volsal.audit.trust import HIGHEST, TRUSTED
+
+    trusted = [trust for trust in one.trust if trust.verdict == TRUSTED]
+    return ", ".join(f"{of.answer} (its highest part)" if of.way == HIGHEST else of.answer for of in trusted) or "-"
