@@ -82,7 +82,7 @@ from volsal.scans.labels import read_labels
 from volsal.scans.scan import Scan, file_digest, read_scan
 from volsal.scans.write import replacing
 
-VERSION = 2
+VERSION = 3
 FILE, TABLE = "audit.json", "audit.csv"
 _CHOICE_SCANS = 24
 _LIBRARIES = ("torch", "monai", "volsal")

@@ -121,7 +121,7 @@ def choose(
     out.print(table)
     for case, reason in found.skipped.items():
         say(f"left out: {case}: {reason}", err)
-    say(f"{found.scans} scans, {duration(found.seconds)}")
+    say(f"{found.scans} {'scan' if found.scans == 1 else 'scans'}, {duration(found.seconds)}")
 
 
 def _trusted_for(one: Scored) -> str:
