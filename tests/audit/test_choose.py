@@ -200,6 +200,9 @@ def test_a_map_whose_peak_has_no_other_places_beside_it_is_checked_all_the_same(
     mine = [one["methods"]["gxi"] for one in found.records if one["answer"] == "class 1"]
     assert all("undefined" in one["trial"] and "effect" in one["highest"] for one in mine)
     assert sum("sanity" in one for one in mine) >= 1
+    subject = subject_of(explainer(planted.Plane()), scans("line")[0])
+    record = examine(subject, {"gxi": GradientTimesInput()}, settings)
+    assert "suspects" not in record["methods"]["gxi"], "no region was tried, and none is clear"
     with pytest.raises(SettingError, match="no candidate"):
         choose(explainer(planted.Plane()), scans("line"), {}, settings)
 

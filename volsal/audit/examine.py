@@ -222,12 +222,16 @@ def _of_map(
     if isinstance(peak, Undefined):
         return {"undefined": peak.reason}
     trial = probe.at(peak)
-    tell = not isinstance(trial, Undefined)
+    # Where no ball has others beside it, nothing was tried in regions either: they are not told to be clear.
+    told = (
+        {"trial": plain(trial)}
+        if isinstance(trial, Undefined)
+        else {"trial": trial_of(trial), "suspects": _suspects(values, probe, tried, places.regions)}
+    )
     return {
-        "trial": plain(trial) if isinstance(trial, Undefined) else trial_of(trial),
+        **told,
         "in_body": bool(subject.body.mask[tuple(peak)]),
         "where": where_of(subject, peak, places.regions),
-        **({"suspects": _suspects(values, probe, tried, places.regions)} if tell else {}),
         **claims_of(values, subject, places, settings, RANDOM),
     }
 

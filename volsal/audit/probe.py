@@ -2,7 +2,8 @@
 
 As :func:`volsal.audit.faithfulness.intervene`, for many maps of one scan: the balls elsewhere are scored once, and each
 place is compared with those of them that change the input about as much.  Evidence that is spread too widely for a ball
-is taken out with all that a map holds highest, and compared with what is highest in the same map moved elsewhere.
+is taken out with all that a map holds highest, and compared with what is highest in the same map moved elsewhere, as
+deep in the body.
 """
 
 from __future__ import annotations

@@ -12,11 +12,11 @@ where, over scans of at least ``min_scans`` patients with that answer,
    at least ``min_stable`` of harmless changes: judged where they were asked for.
 
 Evidence may be spread so widely that no ball holds enough of it.  So where the peak does not pass, all that the map
-holds highest is asked about at once (``highest`` of the field), beside what is highest in the map moved elsewhere, by
-the same rules, but that the fall is at least ``min_times_highest`` of the largest elsewhere, for these places are few
-and alike, and in the median at least ``min_change_highest`` in log odds; and that the map's highest hundredth overlaps
-with that under harmless changes by a Dice of at least ``min_stable``.  Only of log odds: the highest part of a true
-gradient moves any score by much of its spread, that of random weights too.
+holds highest is asked about at once (``highest`` of the field), beside what is highest in the map moved elsewhere, as
+deep in the body, by the same rules, but that the fall is at least ``min_times_highest`` of the largest elsewhere, for
+these places are few and alike, and in the median at least ``min_change_highest`` in log odds; and that the map's
+highest hundredth overlaps with that under harmless changes by a Dice of at least ``min_stable``.  Only of log odds: the
+highest part of a true gradient moves any score by much of its spread, that of random weights too.
 
 A model that answers all scans nearly alike has no map that can be trusted.  The second rule is the one that tells a
 trained model from one with random weights: a gradient is true of either.
