@@ -4,6 +4,7 @@ import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import planted
@@ -21,6 +22,7 @@ from volsal.audit.probe import Probe, peak_of
 from volsal.audit.subject import answer_of, subject_of
 from volsal.audit.trust import HIGHEST, PEAK, TRUSTED, UNDECIDED, UNTRUSTED, binomial_tail, judge
 from volsal.config import AuditSection
+from volsal.grid import Grid
 from volsal.scans.find import Case
 from volsal.scans.labels import read_labels
 
@@ -390,6 +392,20 @@ def test_what_is_highest_elsewhere_lies_as_much_in_the_body_and_leaves_its_place
             assert (other & part).sum() == (own & part).sum()
         assert other.sum() == own.sum()
         assert (other & own).sum() <= 0.25 * own.sum()
+
+
+def test_shells_of_the_body_are_as_deep_in_millimetres():
+    mask = np.zeros((20, 16, 12), bool)
+    mask[3:17, 3:13, 2:10] = True
+    probe = object.__new__(Probe)
+    grid = Grid(mask.shape, np.diag([1.0, 2.0, 6.0, 1.0]))
+    probe.subject = SimpleNamespace(body=SimpleNamespace(mask=mask), grid=grid)
+    surface = mask & ~ndimage.binary_erosion(mask)
+    depth = ndimage.distance_transform_edt(~surface, sampling=grid.spacing)
+    outside, *shells = probe._parts
+    assert np.array_equal(outside, ~mask)
+    for outer, inner in pairwise(shells):
+        assert depth[outer].max() <= depth[inner].min() + 1e-3
 
 
 def ball_of(*centre):
